@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""python -m kernels [op] [--compile] [--json FILE]
+
+On a GPU: each kernel against its reference in fp64, and only if that passes the benchmark.
+Without one, or with --compile: what the compiler makes of each kernel for sm_80, sm_90, sm_100 and gfx942.
+"""
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+if __name__ == "__main__":                                   # before triton is imported
+    os.environ.pop("TRITON_INTERPRET", None)                 # an interpreting process cannot compile
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")   # the default changes between releases
+
+from kernels._common import HAS_TRITON, assert_kernel, triton
+
+OPS = ("masked_focal_ce", "decode_scores")
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx942": ("hip", "gfx942", 64)}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
+CHECK_SHAPES = [(257, 31, torch.float32), (64, 50257, torch.float16), (32, 151936, torch.bfloat16)]
+BENCH_SHAPES = [(8192, 31, torch.float32), (4096, 50257, torch.bfloat16), (2048, 151936, torch.bfloat16)]
+
+
+def table(rows):
+    """Print dicts with equal keys as aligned columns."""
+    cells = [list(rows[0])] + [["-" if v is None else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+# ------------------------------------------------------------------ without a GPU: the compile report
+def nvidia_usage(cubin):
+    """(registers a thread, spilled bytes a thread), or (None, None) where the wheel brings no cuobjdump."""
+    tool = triton.knobs.nvidia.cuobjdump.path
+    if not os.path.exists(tool):
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def amd_usage(assembly):
+    """(vector registers a thread, spilled registers), from the metadata at the end of the assembly."""
+    usage = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
+    return usage["vgpr_count"], usage["vgpr_spill_count"] + usage["sgpr_spill_count"]
+
+
+def compile_case(case, arch):
+    """Compile one AOT case for one architecture and read off what can be known without running it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    names = case["kernel"].arg_names
+    source = ASTSource(fn=case["kernel"], constexprs=case["constexprs"],
+                       signature={name: case["signature"].get(name, "constexpr") for name in names},
+                       attrs={(names.index(name),): [["tt.divisibility", 16]] for name in case["aligned"]})
+    built = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=case["options"])
+    nvidia = TARGETS[arch][0] == "cuda"
+    assembly = built.asm["ptx" if nvidia else "amdgcn"]
+    registers, spills = nvidia_usage(built.asm["cubin"]) if nvidia else amd_usage(assembly)
+    offsets = re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?(i\d+)>? loc", built.asm["ttir"])
+    return {"registers": registers, "spills": spills, "shared": built.metadata.shared,
+            "mma": len(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05|v_mfma)", assembly)),
+            "offsets": "+".join(sorted(set(offsets)))}
+
+
+def compile_report(ops):
+    """One row per op, mode, case and architecture; the floor is per row of logits."""
+    rows = []
+    for op in ops:
+        module = importlib.import_module(f"kernels.{op}")
+        for case in module.AOT_CASES:
+            itemsize = 4 if case["dtype"] == "fp32" else 2
+            n_bytes, flops = module.floor(1, case["V"], itemsize)[case["mode"]]
+            head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "V": case["V"]}
+            for arch in TARGETS:
+                rows.append({**head, "arch": arch, **compile_case(case, arch),
+                             "floor B/row": n_bytes, "floor FLOP/row": flops})
+    return rows
+
+
+# ------------------------------------------------------------------ with a GPU: check, then benchmark
+def check_op(module, device, shapes):
+    """AssertionError unless kernel outputs and gradients meet the error rule of _common on every shape."""
+    for R, V, dtype in shapes:
+        args = module.example(R, V, dtype, device)
+        out = module.outputs(module.kernel, args)
+        eager = module.outputs(module.reference, args)
+        ref64 = module.outputs(module.reference, (args[0].double(), *args[1:]))
+        for name in out:
+            assert_kernel(f"{name} ({R}, {V}) {dtype}", out[name], ref64[name], eager[name], R + V)
+
+
+def time_gpu(fn, grad_to_none=None):
+    """Median, 20th and 80th percentile in ms, L2 flushed between runs."""
+    quantiles = [0.5, 0.2, 0.8]
+    return triton.testing.do_bench(fn, warmup=25, rep=100, quantiles=quantiles, grad_to_none=grad_to_none)
+
+
+def time_graph(fn):
+    """Median ms inside a CUDA graph: no launch cost but a warm L2, so it bounds short kernels from below."""
+    return triton.testing.do_bench_cudagraph(fn, quantiles=[0.5])
+
+
+def peak_memory(fn):
+    """Bytes that one call allocates at its peak."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fn()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measured_peaks():
+    """(bytes/s of a 1 GiB copy, FLOP/s of an fp32 matmul without tf32): the denominators of the report."""
+    source = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    a = torch.randn(8192, 8192, device="cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    copy_ms, matmul_ms = time_gpu(lambda: target.copy_(source))[0], time_gpu(lambda: a @ a)[0]
+    return 2e3 * 2 ** 30 / copy_ms, 2e3 * 8192 ** 3 / matmul_ms
+
+
+def measure(fn, mode, grad, work, peaks):
+    """Time and memory of one thunk. work: the floor's (bytes, FLOPs), which all rates count."""
+    fn()                                                     # compiles outside the timed region
+    memory = peak_memory(fn)
+    ms, low, high = time_gpu(fn, grad_to_none=[grad])
+    floor_ms = 1e3 * max(work[0] / peaks[0], work[1] / peaks[1])
+    short = ms < 0.05 and mode == "forward"
+    return {"ms": f"{ms:.4f}", "p20-p80": f"{low:.4f}-{high:.4f}",
+            "graph ms": f"{time_graph(fn):.4f}" if short else None,
+            "GB/s": f"{work[0] / ms / 1e6:.0f}", "% of copy": f"{1e5 * work[0] / ms / peaks[0]:.0f}",
+            "TFLOP/s": f"{work[1] / ms / 1e9:.2f}", "% of matmul": f"{1e5 * work[1] / ms / peaks[1]:.1f}",
+            "floor ms": f"{floor_ms:.4f}", "x floor": f"{ms / floor_ms:.2f}",
+            "peak MB": f"{memory / 1e6:.0f}"}
+
+
+def bench_op(op, device, shapes, peaks):
+    """One row per shape, mode and provider (kernel, eager, torch.compile)."""
+    module, rows = importlib.import_module(f"kernels.{op}"), []
+    for R, V, dtype in shapes:
+        args = module.example(R, V, dtype, device)
+        floors = module.floor(R, V, args[0].element_size())
+        shape = {"R": R, "V": V, "dtype": str(dtype).removeprefix("torch.")}
+        for mode, providers in module.bench(args).items():
+            for provider, fn in providers.items():
+                cost = measure(fn, mode, args[0], floors[mode], peaks)
+                rows.append({"op": op, "mode": mode, "provider": provider, **shape, **cost})
+    return rows
+
+
+def gpu_report(ops):
+    """Check every op first: a kernel that is wrong is not timed."""
+    for op in ops:
+        check_op(importlib.import_module(f"kernels.{op}"), "cuda", CHECK_SHAPES)
+        print(f"{op}: agrees with its fp64 reference")
+    peaks = measured_peaks()
+    print(f"measured peaks: copy {peaks[0] / 1e9:.0f} GB/s, fp32 matmul {peaks[1] / 1e12:.1f} TFLOP/s")
+    return [row for op in ops for row in bench_op(op, "cuda", BENCH_SHAPES, peaks)]
+
+
+# ------------------------------------------------------------------ main
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", nargs="?", choices=OPS, help="one operation instead of all")
+    parser.add_argument("--compile", action="store_true", help="the compile report, on a GPU as well")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    args = parser.parse_args(argv)
+    if not HAS_TRITON:
+        sys.exit("error: this needs the triton package (Linux): pip install triton==3.7.1")
+    on_gpu = torch.cuda.is_available() and not args.compile
+    device = torch.cuda.get_device_name() if on_gpu else "compile report, nothing was run"
+    print(f"{device}; torch {torch.__version__}, triton {triton.__version__}")
+    rows = (gpu_report if on_gpu else compile_report)((args.op,) if args.op else OPS)
+    table(rows)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

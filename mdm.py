@@ -1,0 +1,1240 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy", "safetensors", "tqdm", "matplotlib"]
+# ///
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""mdm.py: Beyond Autoregression: Discrete Diffusion for Complex Reasoning and Planning
+Ye, Gao, Gong, Zheng, Jiang, Li, Kong, ICLR 2025, arXiv 2410.14157 (MDM; the final version says MGDM)
+
+A left-to-right model must write the hard parts of an answer before the easy ones are known. A network that learns to
+fill in masked answers at every noise level, and reveals the positions it is surest of first, can leave them for last:
+it solves sudokus and finds paths where an autoregressive model of the same size and data does not.
+
+  python mdm.py                 # sudoku, mdm against ar: MINUTES_SUDOKU
+  python mdm.py --task path     # which of two crossing paths leads to the goal: MINUTES_PATH
+  python mdm.py --solve boards.txt --load out/mdm/sudoku-small-s0    # 81 digits a line, 0 for a blank
+
+Symbols
+  paper   code              shape      meaning
+  x_0     ids               (B, L, F)  canvas: question and answer, F symbols per position
+  x_t     noisy             (B, L, F)  the canvas with masked answer positions
+  t, T    t, T              (B,), -    noise level 0..T-1: a position is masked with probability (t+1)/T
+  u       u                 (R,)       -log p(x_0 | x_t) at the R masked positions
+  w(t)    sequence_weight   (B,)       T - t: more weight where little is masked
+  v(u)    token_weight      (R,)       alpha (1 - exp(-u))^beta: more weight on hard tokens
+
+Differences from the paper (every one is a flag; --scale paper sets them all back)
+  canvas      sudoku is filled in place, a path beside its edges; the paper writes source [SEP] target.
+  positions   row + column + box (sudoku), kind of place (path), for all arms alike; the paper learns a table of 512.
+  symbols     path: an edge is one position; the paper writes characters.
+  model       nano: 2 or 3 blocks of width 96, ReLU, wider initial weights, no dropout, no logit shift.
+  training    AdamW beta2 0.99, warm-up, batches of 32 or 128, augmented boards; the paper: 1024, 300 epochs.
+  commit      a revealed token stays; the official code revises every position at every call (--commit revise).
+  random      an order with exact counts; the official code reveals each position with probability 1/(t+1).
+  decoding    [SEP], [MASK], [UNK] are never chosen; equal scores go left to right; no Gumbel noise on the scores.
+  equal work  ar takes as many steps as mdm on the same examples; the paper trains ar for fewer epochs.
+  left out    countdown, game of 24, 3-SAT; LLaMA, VDM, D3PM and RDM as separate baselines (the last two are the
+              settings --sequence-weight original --no-token-reweighting, and linear without token reweighting).
+  unknown     whether the paper's sudoku AR has the size of its MDM; which decoding its tables use.
+The paper's text was not at hand where a tag says "official code": the formula is read from HKUNLP/diffusion-vs-ar.
+
+Copy out: q_sample, token_weight, focal_loss, choose, decode, solutions
+"""
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------- 1. Config
+@dataclass
+class Config:
+    task: str = "sudoku"  # sudoku|path: the problems to learn (paper Sec. 4)
+    scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
+    arms: str = "mdm,ar"  # comma list of mdm, ar, ar_rev, teacherless: the models to train and compare
+    tag: str = "main"  # name of this variant in the RESULT record
+    seed: int = 0  # training problems, initial weights, order and masks; held-out problems never change
+    # data
+    n_train: int = 6000  # training problems (paper: 100k sudoku, 50k path)
+    n_val: int = 100  # held-out problems of the learning curve, per class
+    n_test: int = 500  # held-out problems of the final table, per class (paper: 1k in all)
+    levels: str = "easy,medium"  # comma list of easy, medium, hard: classes of the sudoku training boards
+    test_levels: str = "easy,medium"  # the same for the held-out boards
+    data: str = ""  # training file, jsonl (input, output) or csv (quizzes, solutions); "" generates
+    test_data: str = ""  # test file in the same formats; "" generates
+    augment: bool = True  # sudoku: relabel, permute and transpose every training board at random
+    # layout
+    format: str = "tokens"  # tokens|chars: path as one position per edge, or as characters (paper)
+    canvas: str = "inplace"  # inplace|source: mdm fills the problem's gaps, or source [SEP] target (paper)
+    positions: str = "structured"  # structured|learned: e.g. row + column + box, or a table of 512 (paper)
+    # model: GPT-2, causal for the autoregressive arms only
+    size: str = "nano"  # nano|tiny|base|medium: a row of SIZES below (paper: tiny, base, medium)
+    n_layer: int = 0  # blocks; 0 = by size
+    n_head: int = 0  # attention heads; 0 = by size
+    n_embd: int = 0  # width; 0 = by size
+    dropout: float = 0.0  # on embeddings, attention and residuals (paper: 0.1)
+    shift: bool = False  # mdm reads the prediction for position i at i-1, as the official code does
+    # diffusion
+    T: int = 20  # noise levels of the forward process (paper: 20)
+    alpha: float = 0.25  # scale of the token weight v(u) (paper: 0.25)
+    beta: float = 1.0  # exponent of the token weight v(u) (paper: 1; countdown 2)
+    token_reweighting: bool = True  # token weight v(u), or plain cross-entropy
+    sequence_weight: str = "linear"  # linear|original|none: w(t) = T-t (paper), 1/(t+1) (the ELBO), 1
+    # decoding
+    decode_steps: int = 20  # network calls per answer; 0 = one position per call (paper: 20)
+    order: str = "confidence"  # confidence|margin|random|l2r: which masked positions are revealed first
+    commit: str = "freeze"  # freeze|revise: revealed tokens stay, or every call may change them (official)
+    threshold: float = 0.0  # also reveal every position whose probability exceeds this; 0 = off
+    # training
+    steps: int = 3000  # optimizer steps of each arm
+    batch_size: int = 32  # problems in one optimizer step, over all devices (paper: 1024)
+    micro_batch: int = 0  # problems per forward pass; 0 = no split; changes memory only
+    lr: float = 3e-3  # peak learning rate, cosine to 0 (paper: 1e-3 for tiny, 3e-4 for base)
+    warmup_steps: int = 100  # linear warm-up (paper: 0)
+    weight_decay: float = 0.0  # AdamW, on matrices only (paper: 0)
+    beta2: float = 0.99  # AdamW; beta1 is 0.9 (paper: 0.999)
+    grad_clip: float = 1.0  # largest gradient norm (paper: 1)
+    # machine
+    device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
+    dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
+    kernels: bool = False  # Triton kernels for loss and scores (cuda only; compared with PyTorch at first use)
+    compile: bool = False  # torch.compile the blocks
+    # running
+    eval_every: int = 500  # steps between two points of the learning curve
+    log_every: int = 20  # steps between two lines of log.jsonl
+    save_every: int = 100  # steps between two checkpoints
+    out: str = ""  # output directory; "" = out/mdm/TASK-SCALE-sSEED
+    resume: bool = False  # continue an interrupted run: the same command with this flag
+    load: str = ""  # directory of a finished run whose first arm answers --solve
+    solve: str = ""  # file of problems to answer ("-" = standard input); needs --load
+    trace: bool = False  # draw the order in which the last test problem's answer is revealed (trace.png)
+    dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
+
+    def __post_init__(self):
+        for flag, known in dict(arms=ARMS[self.task], levels=LEVELS, test_levels=LEVELS).items():
+            names = getattr(self, flag).split(",")
+            if not set(names) <= set(known) or len(set(names)) < len(names):
+                fail(f"--{flag.replace('_', '-')} {','.join(names)}: a comma list of names out of {', '.join(known)}")
+        for name in "n_train n_val n_test T batch_size steps eval_every log_every save_every".split():
+            if getattr(self, name) < 1:
+                fail(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.task == "path" and self.format == "chars" and (self.canvas, self.positions) != ("source", "learned"):
+            fail("--format chars needs --canvas source --positions learned: characters show no structure")
+        if self.shift and self.canvas == "inplace":
+            fail("--shift needs --canvas source: the first position in place has no left neighbour to be read at")
+        if bool(self.solve) != bool(self.load):
+            fail("--solve FILE and --load DIR go together: the problems, and the directory of a finished run")
+        if self.kernels and not torch.cuda.is_available():
+            fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+        for name, value in SIZES[self.size].items():
+            setattr(self, name, getattr(self, name) or value)
+        if self.n_embd % self.n_head:
+            fail(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
+
+
+LEVELS = ["easy", "medium", "hard"]
+ARMS = dict(sudoku=["mdm", "ar"], path=["mdm", "ar", "ar_rev", "teacherless"])
+SIZES = dict(  # the three GPT-2 shapes of the paper, and one for a laptop
+    nano=dict(n_layer=2, n_head=6, n_embd=96),
+    tiny=dict(n_layer=3, n_head=12, n_embd=384),
+    base=dict(n_layer=12, n_head=12, n_embd=768),
+    medium=dict(n_layer=24, n_head=16, n_embd=1024),
+)
+TINY_RUN = dict(n_train=64, n_val=4, n_test=6, steps=6, batch_size=8, n_layer=1, n_head=2, n_embd=32)
+PUBLISHED = dict(format="chars", canvas="source", positions="learned", shift=True, augment=False, size="tiny")
+PUBLISHED |= dict(batch_size=1024, lr=1e-3, warmup_steps=0, beta2=0.999, dropout=0.1, compile=True)
+SCALES = {  # "scale" and "scale:task"; explicit flags win
+    "smoke": dict(**TINY_RUN, eval_every=3, save_every=2, log_every=2),
+    "small": {},
+    "small:path": dict(n_train=50_000, n_test=200, n_layer=3, batch_size=128, eval_every=50, steps=800),
+    "long": dict(n_train=20_000, n_val=50, n_test=300, steps=12_000, eval_every=2000, test_levels="easy,medium,hard"),
+    "long:path": dict(n_train=50_000, n_test=200, n_layer=3, batch_size=128, eval_every=100, steps=5000),
+    "paper": dict(**PUBLISHED, levels="easy", test_levels="easy", n_train=100_000, n_test=1000, steps=29_300, eval_every=1000),
+    "paper:path": dict(n_train=50_000, n_test=167, steps=4900, eval_every=200),
+}
+TRIED = dict(mdm=0, ar=0, ar_rev=0, teacherless=0)  # configurations looked at on validation boards, per arm
+
+
+# ---------------------------------------------------------------- 2. Data (paper Sec. 4, official generators)
+# A problem is a pair of strings in the authors' format, whether generated, loaded or typed.
+PAD, SEP, MASK, EOS, UNK = range(5)
+CHARS = "0123456789*+-/=,abcdefghij"
+SYMBOL = {char: 5 + i for i, char in enumerate(CHARS)}  # the official 31 ids
+VOCAB = 5 + len(CHARS)
+
+ROW, COL = np.divmod(np.arange(81), 9)
+BOX = ROW // 3 * 3 + COL // 3
+UNITS = np.concatenate([np.arange(9)[:, None] == line for line in (ROW, COL, BOX)])  # (27, 81)
+UNITS_OF = np.stack([UNITS[ROW], UNITS[9 + COL], UNITS[18 + BOX]], 1)  # (81, 3, 81) the units of each cell
+PEERS = (UNITS_OF.any(1) & ~np.eye(81, dtype=bool)).astype(np.float32)  # (81, 81) cells that share a unit
+
+
+def solutions(board, digits=range(1, 10)):
+    """Yield every completion of a board (81 ints, 0 = blank): depth first, the cell with fewest candidates first."""
+    board, used = list(board), [0] * 27  # used: one bit for each digit in each unit
+    units = list(zip(ROW.tolist(), (9 + COL).tolist(), (18 + BOX).tolist()))
+    blanks = [cell for cell in range(81) if not board[cell]]
+
+    def toggle(cell):
+        for unit in units[cell]:
+            used[unit] ^= 1 << board[cell]
+
+    def search():
+        if not blanks:
+            yield board[:]
+            return
+        free = [1022 & ~(used[r] | used[c] | used[b]) for r, c, b in (units[cell] for cell in blanks)]
+        at = min(range(len(blanks)), key=lambda i: free[i].bit_count())
+        cell = blanks.pop(at)
+        for board[cell] in (digit for digit in digits if free[at] >> digit & 1):
+            toggle(cell)
+            yield from search()
+            toggle(cell)
+        board[cell] = 0
+        blanks.insert(at, cell)
+
+    for cell in set(range(81)) - set(blanks):
+        toggle(cell)
+    return search()
+
+
+def full_grid(rng):
+    """A random solved grid (81 ints): three random diagonal boxes, completed by search in random digit order."""
+    board = np.zeros(81, int)
+    for box in (0, 4, 8):
+        board[BOX == box] = rng.permutation(9) + 1
+    return next(solutions(board.tolist(), (rng.permutation(9) + 1).tolist()))
+
+
+def fill_singles(boards, hidden=True):
+    """Fill every forced cell of boards (B, 81), round by round, until there is none.
+
+    A naked single is a cell with one candidate; a hidden single is a digit with one place in a unit."""
+    boards, live = boards.copy(), np.arange(len(boards))
+    while len(live):
+        now = boards[live]
+        held = (now[:, None] == np.arange(1, 10)[:, None]).astype(np.float32)  # (b, 9, 81)
+        free = (held @ PEERS == 0) & (now == 0)[:, None]  # digit d could stand in cell c
+        forced = free & (free.sum(1, keepdims=True) == 1)
+        if hidden:
+            lone = free.astype(np.float32) @ UNITS.T == 1  # (b, 9, 27)
+            forced |= free & (lone[:, :, ROW] | lone[:, :, 9 + COL] | lone[:, :, 18 + BOX])
+        digit = np.where(forced.any(1), forced.argmax(1) + 1, 0).astype(boards.dtype)  # (b, 81)
+        boards[live] = now + digit
+        live = live[digit.any(1)]
+    return boards
+
+
+def dig(boards, removable, rng):
+    """Blank the clues of boards (B, 81) one by one in random order, each if removable(trial, cell, digit) is true."""
+    quiz, count = boards.copy(), (boards > 0).sum(1)
+    order = np.where(boards > 0, rng.random(boards.shape), 2).argsort(1)  # clues first
+    for k in range(count.max()):
+        rows = np.flatnonzero(k < count)
+        trial, cell, at = quiz[rows], order[rows, k], np.arange(len(rows))
+        digit = trial[at, cell]
+        trial[at, cell] = 0
+        good = removable(trial, cell, digit)
+        quiz[rows[good]] = trial[good]
+    return quiz
+
+
+def is_hidden_single(boards, cell, digit):
+    """Is the blank cell (B,) of each board the only place for the digit (B,) in its row, column or box?"""
+    seen = (boards == digit[:, None]).astype(np.float32) @ PEERS > 0
+    places = (boards == 0) & ~seen  # (B, 81)
+    return ((places[:, None] & UNITS_OF[cell]).sum(2) == 1).any(1)
+
+
+def until_naked_singles_stall(boards, cell, digit):
+    """Singles still solve the board, and before the cell was blanked naked singles alone did."""
+    before = boards.copy()
+    before[np.arange(len(cell)), cell] = digit
+    return fill_singles(boards).all(1) & fill_singles(before, hidden=False).all(1)
+
+
+def has_one_solution(boards, *_):
+    return np.array([len(list(islice(solutions(board), 2))) == 1 for board in boards.tolist()])
+
+
+def sudoku_problems(n, level, rng):
+    """n boards with one solution each, as (quiz, solution) strings.
+
+    easy:   the paper's class (Kyubyong/sudoku): the fewest clues of ten digs; naked singles solve them
+    medium: dug on until naked singles alone get stuck, so that a hidden single is needed
+    hard:   dug on as long as there is one solution, to at most 25 clues; singles get stuck, search is needed"""
+    problems = []
+    while len(problems) < n:
+        solved = np.array([full_grid(rng) for _ in range(min(n - len(problems) + 9, 1000))], np.int8)
+        digs = np.stack([dig(solved, is_hidden_single, rng) for _ in range(10 if level == "easy" else 1)])  # (10, B, 81)
+        quiz = digs[(digs > 0).sum(2).argmin(0), np.arange(len(solved))]
+        if level != "easy":
+            quiz = dig(quiz, dict(medium=until_naked_singles_stall, hard=has_one_solution)[level], rng)
+        stuck = ~fill_singles(quiz, hidden=level == "hard").all(1)
+        fits = stuck & ((quiz > 0).sum(1) <= 25) if level == "hard" else stuck == (level == "medium")
+        problems += [("".join(map(str, q)), "".join(map(str, s))) for q, s in zip(quiz[fits], solved[fits])]
+    return problems[:n]
+
+
+def path_problems(n, distance, rng):
+    """n pairs (shuffled edges and start,goal; edges of the route): two paths of six nodes that cross at one node.
+
+    distance "pd0" to "pd5": steps from the crossing to the goal, the planning distance (paper Sec. 2)."""
+    order, cross = rng.random((n, 12)).argsort(1), 5 - int(distance[2])
+    route, other = order[:, :6], order[:, 6:].copy()
+    other[:, cross] = route[:, cross]
+    edges = np.concatenate([np.stack([p[:, :-1], p[:, 1:]], 2) for p in (route, other)], 1)  # (n, 10, 2)
+    edges = np.take_along_axis(edges, rng.random((n, 10)).argsort(1)[..., None], 1)
+    problems = []
+    for pairs, r in zip(edges.tolist(), route.tolist()):
+        source, target = ("/".join(f"{u},{v}" for u, v in steps) for steps in (pairs, zip(r, r[1:])))
+        problems.append((f"{source}-{r[0]},{r[-1]}", target))
+    return problems
+
+
+def planning_distance(source, target):
+    """The class of a loaded path: its crossing is the first node that two edges leave (official script)."""
+    tails = [edge.split(",")[0] for edge in source.split("-")[0].split("/")]
+    route = [edge.split(",")[0] for edge in target.split("/")]
+    return f"pd{next((len(route) - i for i, node in enumerate(route) if tails.count(node) > 1), 0)}"
+
+
+EDGE = r"(1[01]|[0-9]),(1[01]|[0-9])"
+FORMS = dict(  # source, target, and both in words
+    sudoku=(r"[0-9.]{81}", r"[1-9]{81}", "81 digits, 0 for a blank, and the solution"),
+    path=(f"({EDGE}/){{9}}{EDGE}-{EDGE}", f"({EDGE}/){{4}}{EDGE}", "6,2/2,10/...-start,goal and five edges"),
+)
+
+
+def read_problems(name, task, need_target=True):
+    """Problems of a file ("-" = standard input): jsonl (input, output), csv (quizzes,solutions) or "source target"."""
+    problems = []
+    try:
+        lines = (sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{name}: cannot be read: {error}")
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or (number == 1 and line == "quizzes,solutions"):
+            continue
+        source, _, target = line.strip().partition("," if task == "sudoku" and "," in line else " ")
+        if line.startswith("{"):
+            try:
+                source, target = (str(json.loads(line).get(field, "")) for field in ("input", "output"))
+            except ValueError as error:
+                fail(f"{name}:{number}: not a JSON object: {error}")
+        for field, text, form in zip(("source", "target"), (source, target), FORMS[task]):
+            if not re.fullmatch(form, text, re.ASCII) and (text or field == "source" or need_target):
+                fail(f"{name}:{number}: {field} {text[:50]!r} does not fit --task {task}; expected {FORMS[task][2]}")
+        problems.append((source.replace(".", "0"), target))
+    return problems or fail(f"{name}: holds no problem")
+
+
+def load_problems(cfg):
+    """Training problems (list), validation and test problems (class to list): levels, or planning distances."""
+    make = dict(sudoku=sudoku_problems, path=path_problems)[cfg.task]
+    levels, test_levels = cfg.levels.split(","), cfg.test_levels.split(",")
+    if cfg.task == "path":
+        levels = test_levels = [f"pd{k}" for k in range(6)]
+    rngs = [np.random.default_rng(key) for key in ([0, cfg.seed], [1], [2])]  # held-out problems never change
+    val, test = ({x: make(n, x, rng) for x in test_levels} for n, rng in zip((cfg.n_val, cfg.n_test), rngs[1:]))
+    if cfg.data:
+        train = read_problems(cfg.data, cfg.task)[: cfg.n_train]
+    else:
+        train = [p for x in levels for p in make(math.ceil(cfg.n_train / len(levels)), x, rngs[0])]
+    if cfg.test_data:
+        test = {}
+        for problem in read_problems(cfg.test_data, cfg.task):
+            test.setdefault(planning_distance(*problem) if cfg.task == "path" else "file", []).append(problem)
+    held_out = {source for group in [*val.values(), *test.values()] for source, _ in group}
+    return [problem for problem in train if problem[0] not in held_out], val, test
+
+
+def reverse_path(text):
+    """1,2/2,3 to 3,2/2,1"""
+    return "/".join(",".join(edge.split(",")[::-1]) for edge in text.split("/")[::-1])
+
+
+def to_symbols(source, target, cfg):
+    """Question, answer, and which parts of the answer the question shows. A position is a tuple of symbols:
+    for --format tokens an edge is one position of two symbols, and the answer is the six nodes of the route."""
+    if cfg.task == "sudoku" or cfg.format == "chars":
+        return [(SYMBOL[c],) for c in source], [(SYMBOL[c],) for c in target], [c != "0" for c in source]
+    nodes = [SYMBOL["0123456789ab"[int(x)]] for x in re.findall(r"\d+", f"{source}-{target}")]
+    edges = list(zip(nodes[::2], nodes[1::2]))  # ten edges, (start, goal), then the five of the route
+    route = [(u, PAD) for u, _ in edges[11:]] + [(edges[-1][1], PAD)]
+    return edges[:11], route, [True, False, False, False, False, True]
+
+
+def to_text(ids, cfg):
+    """The answer that stands in ids (list of ints, up to [EOS]) as a string; "?" is a symbol without a character."""
+    text = "".join("?" if i < 5 else CHARS[i - 5] for i in ids[: ids.index(EOS) if EOS in ids else None])
+    if cfg.task == "sudoku" or cfg.format == "chars":
+        return text
+    nodes = ["0123456789ab".find(c) for c in text]
+    return "/".join(f"{u},{v}" for u, v in zip(nodes, nodes[1:]))
+
+
+def encode(problems, cfg, arm):
+    """Canvases with the answers filled in, ids (N, L, F), and which positions are to be generated (N, L).
+
+    inplace: the answer, with what the question shows of it in view; a path's edges stand before it.
+    source:  source [SEP] target [EOS] [PAD]... (paper): mdm generates the padding as well, and so the length."""
+    ids, target, L = [], [], canvas_length(cfg, arm)
+    for source, answer in problems:
+        source, answer, shown = to_symbols(source, reverse_path(answer) if arm == "ar_rev" else answer, cfg)
+        if arm == "mdm" and cfg.canvas == "inplace":
+            source = source if cfg.task == "path" else []  # a board is its own canvas
+            mask = [False] * len(source) + [not given for given in shown]
+        else:
+            source, answer = source + [(SEP, PAD)[: len(source[0])]], answer + [(EOS, PAD)[: len(source[0])]]
+            mask = [False] * len(source) + [True] * len(answer)
+        pad = L - len(mask)
+        ids.append(source + answer + [(PAD,) * len(answer[0])] * pad)
+        target.append(mask + [arm == "mdm"] * pad)
+    return torch.tensor(ids), torch.tensor(target)
+
+
+def canvas_length(cfg, arm):
+    """L; for question [SEP] answer in characters the official cutoff_len."""
+    inplace = arm == "mdm" and cfg.canvas == "inplace"
+    return dict(sudoku=81 if inplace else 164, path=17 if inplace else 19 if cfg.format == "tokens" else 75)[cfg.task]
+
+
+def coordinates(cfg, arm):
+    """What the network is told about places: entries (L, P) of a table of C rows, to be summed; returns both.
+
+    A causal arm predicts the next position, so with structured positions it is told that place too."""
+    L = canvas_length(cfg, arm)
+    if cfg.positions == "learned":
+        return torch.arange(L)[:, None], 512
+    if cfg.task == "sudoku":  # 0-26 row, column and box, 27 none, 28-30 question, answer, separator
+        cells, mark = torch.tensor(np.stack([ROW, 9 + COL, 18 + BOX], 1)), torch.tensor([[27, 27, 27, 30]])
+        answer, C = F.pad(cells, (0, 1), value=29), 31  # (81, 4)
+        places = answer if L == 81 else torch.cat([F.pad(cells, (0, 1), value=28), mark, answer, mark])
+    else:  # 0 edge, 1 start and goal, 2-7 the route, 8 separator
+        mark, C = [8] * (L == 19), 9
+        places = torch.tensor([0] * 10 + [1] + mark + [2, 3, 4, 5, 6, 7] + mark)[:, None]
+    if arm == "mdm":
+        return places, C
+    return torch.cat([places, C + places.roll(-1, 0)], 1), 2 * C
+
+
+def augment_sudoku(ids, target, generator):
+    """Every board under a random symmetry: digits, bands, rows in a band, the same for columns, transpose.
+
+    ids (B, L, 1), target (B, L), L = 81 in place, 164 for question and answer."""
+    B, L, device = *target.shape, ids.device
+
+    def shuffles(*shape):  # random permutations along the last axis
+        return torch.rand(B, *shape, generator=generator, device=device).argsort(-1)
+
+    rows, columns = ((3 * shuffles(3)[:, :, None] + shuffles(3, 3)).view(B, 9) for _ in range(2))
+    cells = 9 * rows[:, :, None] + columns[:, None, :]  # (B, 9, 9) where each new cell comes from
+    cells = torch.where(shuffles(2)[:, :1, None] > 0, cells.mT, cells).reshape(B, 81)
+    source = torch.arange(L, device=device).repeat(B, 1)  # (B, L)
+    for begin in (0, 82)[: L // 81]:
+        source[:, begin : begin + 81] = begin + cells
+    names = torch.arange(VOCAB, device=device).repeat(B, 1)  # (B, V) what each symbol is called now
+    names[:, SYMBOL["1"] : SYMBOL["9"] + 1] = SYMBOL["1"] + shuffles(9)
+    return names.gather(1, ids[..., 0].gather(1, source))[..., None], target.gather(1, source)
+
+
+# ---------------------------------------------------------------- 3. Model (GPT-2; official code)
+class Block(nn.Module):
+    """Pre-norm attention and MLP; act is GPT-2's tanh GELU, for nano ReLU (it saves a fifth of a CPU's step)."""
+
+    def __init__(self, d, n_head, dropout, causal, act):
+        super().__init__()
+        self.n_head, self.causal, self.act, self.dropout = n_head, causal, act, nn.Dropout(dropout)
+        self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.attn_out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp_in, self.mlp_out = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x, cache=None, start=0):
+        B, L, d = x.shape
+        q, k, v = self.qkv(self.ln_1(x)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d / H)
+        if cache is not None:  # (2, B, H, L_max, d / H), filled up to start
+            cache[:, :, :, start : start + L] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + L]
+        drop, causal = self.dropout.p if self.training else 0.0, self.causal and L > 1
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=drop)  # (B, H, L, d / H)
+        x = x + self.dropout(self.attn_out(a.transpose(1, 2).reshape(B, L, d)))
+        return x + self.dropout(self.mlp_out(self.act(self.mlp_in(self.ln_2(x)))))
+
+
+class GPT(nn.Module):
+    """GPT-2 over canvases. It is never told the noise level t, so one network decodes in any number of calls.
+
+    shift: the prediction for position i is read at i-1, always in a causal network and in the official mdm."""
+
+    def __init__(self, cfg, places, n_places, features, causal):
+        super().__init__()
+        d, nano = cfg.n_embd, cfg.size == "nano"
+        self.shift, self.dropout, self.n_head = causal or cfg.shift, nn.Dropout(cfg.dropout), cfg.n_head
+        self.wte, self.wpe = nn.Embedding(VOCAB * features, d), nn.Embedding(n_places, d)
+        act = nn.ReLU() if nano else nn.GELU(approximate="tanh")
+        self.blocks = nn.ModuleList(Block(d, cfg.n_head, cfg.dropout, causal, act) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(d)
+        self.register_buffer("places", places, persistent=False)  # (L, P)
+        self.register_buffer("offsets", VOCAB * torch.arange(features), persistent=False)  # (F,)
+        # GPT-2's N(0, 0.02) suits a width of 768; at 96 the network never leaves the plateau of uniform guesses.
+        embedding_std, linear_std = (0.5, 0.06) if nano else (0.02, 0.02)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                std = embedding_std if name in ("wte.weight", "wpe.weight") else linear_std
+                nn.init.normal_(p, 0, std / math.sqrt(2 * cfg.n_layer) if "_out" in name else std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        nn.init.constant_(self.ln_f.weight, 0.02 / embedding_std)  # tied head: the first loss must be ln V
+
+    def forward(self, ids, select=None, cache=None, start=0):
+        """ids (B, L, F) to logits (B, L, V) that predict each position, or only those selected (B, L) as (R, V).
+
+        cache (n_layer, 2, B, H, L_max, d / H): ids continue at position start, logits (B, V) of the next one."""
+        x = self.wte(ids + self.offsets).sum(2)  # (B, L, d)
+        x = self.dropout(x + self.wpe(self.places[start : start + ids.shape[1]]).sum(1))
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
+        if cache is not None:
+            x = x[:, -1]  # (B, d)
+        elif self.shift:
+            x = torch.cat([x[:, :1], x[:, :-1]], 1)  # position 0 reads itself; it is never asked for
+        x = x if select is None else x[select]  # (R, d)
+        return F.linear(self.ln_f(x), self.wte.weight[:VOCAB])
+
+
+def build(cfg, arm):
+    features = 2 if (cfg.task, cfg.format) == ("path", "tokens") else 1
+    return GPT(cfg, *coordinates(cfg, arm), features, causal=arm != "mdm")
+
+
+# ---------------------------------------------------------------- 4. Method (paper Sec. 3) and the baselines
+def q_sample(ids, target, t, T, generator=None):
+    """Forward process: at noise level t (B,) in 0..T-1 each target position becomes [MASK] with probability (t+1)/T.
+
+    ids (B, L, F), target (B, L) bool; returns the noisy ids and the mask (B, L). (official code)"""
+    assert ids.shape[:2] == target.shape and t.shape == ids.shape[:1]
+    coin = torch.rand(target.shape, generator=generator, device=ids.device)
+    masked = (coin < ((t + 1) / T)[:, None]) & target
+    noisy = ids.clone()
+    noisy[..., 0].masked_fill_(masked, MASK)
+    return noisy, masked
+
+
+def sequence_weight(t, T, kind):
+    """w(t): "original" is the ELBO's 1/(t+1) (D3PM, MDLM), "linear" the paper's T-t, "none" is 1. (official code)"""
+    return {"original": 1 / (t + 1), "linear": (T - t).float(), "none": torch.ones_like(t, dtype=torch.float)}[kind]
+
+
+def token_weight(u, alpha, beta):
+    """v(u) = alpha (1 - p)^beta with p = exp(-u): hard tokens count more. Not detached. (official code)
+
+    alpha only matters through gradient clipping and Adam's eps; it is kept for fidelity."""
+    return alpha * (-torch.expm1(-u)) ** beta
+
+
+def focal_loss(logits, answer, weight, alpha, beta):
+    """sum over rows of w v(u) u with u = -log p(answer): logits (R, V), answer (R,), weight w (R,). (official code)"""
+    assert logits.ndim == 2 and answer.shape == weight.shape == logits.shape[:1]
+    u = F.cross_entropy(logits.float(), answer, reduction="none")  # (R,)
+    return (weight * token_weight(u, alpha, beta) * u).sum()
+
+
+def corrupt(ids, target, arm, cfg, generator):
+    """What an arm reads (B, L, F), the positions it is asked for (B, L), the weight of each canvas (B,).
+
+    mdm reads a noisy answer. ar reads the true one: attention is causal and logits are shifted, so position i is
+    predicted from those before it. teacherless (Bachmann & Nagarajan 2024) reads no answer at all."""
+    t = torch.randint(cfg.T, ids.shape[:1], generator=generator, device=ids.device)
+    if arm == "mdm":
+        return *q_sample(ids, target, t, cfg.T, generator), sequence_weight(t, cfg.T, cfg.sequence_weight)
+    all_masked = torch.full_like(t, cfg.T - 1)
+    noisy = q_sample(ids, target, all_masked, cfg.T)[0] if arm == "teacherless" else ids
+    return noisy, target, torch.ones_like(t, dtype=torch.float)
+
+
+def remaining(n, step, steps):
+    """How many of n positions (B,) are still masked after call number `step` of `steps`: floor(n t / T)."""
+    return torch.div(n * (steps - step), steps, rounding_mode="floor")
+
+
+def choose(score, eligible, remain):
+    """Of the eligible positions (B, L), the `remain` (B,) with the lowest score (B, L) stay masked. Alg. "easy-first"."""
+    rank = score.masked_fill(~eligible, math.inf).argsort(dim=1, stable=True).argsort(1)  # (B, L)
+    return eligible & (rank < remain[:, None])
+
+
+def position_scores(logits, order="confidence", generator=None, kernels=False):
+    """Candidate, its log-probability and the order's score: logits (B, L, V) to three (B, L).
+
+    confidence: max p (paper, LLaDA); margin: p1 - p2 (Kim et al. 2025); random; l2r: left to right."""
+    B, L, V = logits.shape
+    if kernels:
+        rows = load_kernel("decode_scores")(logits.reshape(B * L, V), forbidden=(SEP, MASK, UNK))
+        token, logp, margin = (x.view(B, L) for x in rows[:3])
+    else:
+        logits = logits.float()
+        logits[..., [SEP, MASK, UNK]] = -math.inf  # never part of an answer
+        top = logits.log_softmax(-1).topk(2, -1)  # fp32: ties of saturated scores would unmask too much
+        token, logp = top.indices[..., 0], top.values[..., 0]
+        margin = top.values[..., 0].exp() - top.values[..., 1].exp()
+    if order == "random":
+        return token, logp, torch.rand(B, L, generator=generator, device=logits.device)
+    if order == "l2r":
+        return token, logp, -torch.arange(L, device=logits.device).expand(B, L).float()
+    return token, logp, margin if order == "margin" else logp
+
+
+@torch.no_grad()
+def decode(model, ids, target, steps=20, order="confidence", commit="freeze", threshold=0.0, **options):
+    """Reverse process: from all target positions masked to none, in `steps` network calls (0: one position a call).
+
+    ids (B, L, F), target (B, L); returns the answers (B, L, F) and the call that last changed each position (B, L).
+    A call scores the positions, chooses which stay masked and commits the others. "freeze" keeps what is committed;
+    "revise" (official code) lets every call change any position of the answer, or mask it again. (Alg. easy-first)"""
+    x, masked, n = ids.clone(), target.clone(), target.sum(1)
+    first, call = x[..., 0], torch.zeros_like(target, dtype=torch.long)  # first is a view: writing it writes x
+    first.masked_fill_(target, MASK)
+    for step in range(1, (steps or int(n.max())) + 1):
+        live = masked.any(1).nonzero()[:, 0]  # (b,) canvases with gaps left
+        if not len(live):
+            break
+        token, logp, score = position_scores(model(x[live]), order, **options)  # (b, L) each
+        eligible = masked[live] if commit == "freeze" else target[live]
+        remain = remaining(n[live], step, steps or n[live])
+        stay = choose(score, eligible, torch.minimum(remain, masked[live].sum(1) - 1))  # at least one is revealed
+        if threshold:
+            stay &= logp.exp() <= threshold
+        fixed = eligible & ~stay
+        call[live] = call[live].masked_fill(fixed & (token != first[live]), step)
+        first[live] = torch.where(fixed, token, first[live]).masked_fill(stay, MASK)
+        masked[live] = stay
+    return x, call
+
+
+@torch.no_grad()
+def decode_left_to_right(model, ids, prompt):
+    """Baseline: greedy decoding with a KV cache. ids (B, L, F): the first `prompt` positions are question and [SEP]."""
+    B, L, _ = ids.shape
+    x, kind = ids.clone(), ids.device.type
+    x[:, prompt:] = PAD
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    shape = len(model.blocks), 2, B, model.n_head, L, model.wte.embedding_dim // model.n_head
+    cache, done = torch.zeros(shape, device=ids.device, dtype=dtype), torch.zeros_like(x[:, 0, 0], dtype=torch.bool)
+    logits = model(x[:, :prompt], cache=cache)  # (B, V)
+    for i in range(prompt, L):
+        logits[:, [PAD, SEP, MASK, UNK]] = -math.inf
+        x[:, i, 0] = logits.argmax(1).masked_fill(done, PAD)
+        done |= x[:, i, 0] == EOS
+        if done.all():
+            break
+        logits = model(x[:, i : i + 1], cache=cache, start=i)
+    return x
+
+
+# ---------------------------------------------------------------- 5. Evaluation and claims
+def grade(task, source, target, text):
+    """(official, strict) for strings: equal to the label, and right by the rules of the problem.
+
+    A path counts officially when it equals the label or the label read backwards (official script)."""
+    if task == "sudoku":
+        kept = all(given in ("0", cell) for given, cell in zip(source, text))
+        whole = re.fullmatch("[1-9]{81}", text) and all(len({text[c] for c in np.flatnonzero(u)}) == 9 for u in UNITS)
+        return text == target, bool(kept and whole)
+    edges, ends = source.split("-")
+    walk = [edge.split(",") for edge in text.split("/")]
+    linked = all(a[-1] == b[0] for a, b in zip(walk, walk[1:]))
+    strict = linked and set(text.split("/")) <= set(edges.split("/")) and ends == f"{walk[0][0]},{walk[-1][-1]}"
+    return text in (target, reverse_path(target)), strict
+
+
+UNKNOWN = dict(sudoku="1" * 81, path="0,0/0,0/0,0/0,0/0,0")  # stands where a target is missing; always masked
+
+
+def answer(model, arm, problems, cfg, chunk=250, **decoding):
+    """Answers of an arm (N strings) and, for mdm, the call that fixed each position of the canvas (N, L)."""
+    known = [(source, target or UNKNOWN[cfg.task]) for source, target in problems]
+    ids, target = (x.to(model.places.device) for x in encode(known, cfg, arm))
+    begin = target.int().argmax(1)  # (N,) the first position to generate
+    calls = torch.zeros_like(ids[..., 0])
+    if arm.startswith("ar"):
+        for first in begin.unique().tolist():  # one batch per length of question: no padding, no mask
+            for rows in (begin == first).nonzero()[:, 0].split(chunk):
+                ids[rows] = decode_left_to_right(model, ids[rows], first)
+    else:
+        for rows in torch.arange(len(ids), device=ids.device).split(chunk):
+            ids[rows], calls[rows] = decode(model, ids[rows], target[rows], **decoding)
+    if arm == "mdm" and cfg.canvas == "inplace":
+        begin = begin.fill_(0 if cfg.task == "sudoku" else 11)
+    texts = [to_text(row[b:], cfg) for row, b in zip(ids[..., 0].tolist(), begin.tolist())]
+    return [reverse_path(text) for text in texts] if arm == "ar_rev" else texts, calls
+
+
+def accuracy(model, arm, problems, cfg, **changes):
+    """Per problem 1 or 0, official and strict; the share of blanks that are right (sudoku); calls per answer."""
+    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold) | changes
+    options |= dict(steps=1) if arm == "teacherless" else {}
+    random = torch.Generator(model.places.device).manual_seed(0)  # the same random order in every evaluation
+    texts, calls = answer(model, arm, problems, cfg, generator=random, kernels=cfg.kernels, **options)
+    official, strict = np.array([grade(cfg.task, s, t, text) for (s, t), text in zip(problems, texts)]).T.astype(int)
+    blanks = [a == b for (s, t), text in zip(problems, texts) for given, a, b in zip(s, t, text) if given == "0"]
+    return official.tolist(), strict.tolist(), float(np.mean(blanks or 0)), calls.amax(1).float().mean().item()
+
+
+# Further rows of the final table: mdm with other numbers of calls and other orders.
+SWEEP = {"1 call": dict(steps=1), "2 calls": dict(steps=2), "5 calls": dict(steps=5), "10 calls": dict(steps=10)}
+SWEEP |= {"one a call": dict(steps=0), "all p > 0.9": dict(steps=0, threshold=0.9), "revise": dict(commit="revise")}
+SWEEP |= {"margin": dict(order="margin"), "random": dict(order="random"), "left to right": dict(order="l2r")}
+
+
+def evaluate(model, arm, test, cfg):
+    """Rows of the final table: metrics "row/column" and, per row and class, 1 or 0 for each test problem."""
+    model.eval()
+    metrics, correct = {}, {}
+    for name, changes in ({"": {}} | (SWEEP if arm == "mdm" else {})).items():
+        row, began, calls = f"{arm} {name}".strip(), time.perf_counter(), []
+        for group, problems in test.items():
+            exact, strict, blanks, used = accuracy(model, arm, problems, cfg, **changes)
+            correct[f"{row}/{group}"] = exact
+            calls.append(used)
+            metrics |= {f"{row}/{group}": float(np.mean(exact)), f"{row}/{group} strict": float(np.mean(strict))}
+            metrics |= {f"{row}/{group} blanks": blanks} if cfg.task == "sudoku" else {}
+        metrics |= {f"{row}/calls": float(np.mean(calls))} if arm == "mdm" else {}
+        metrics[f"{row}/answers_per_s"] = sum(map(len, test.values())) / (time.perf_counter() - began)
+        worst = min((key for key in correct if key.startswith(f"{row}/")), key=lambda key: np.mean(correct[key]))
+        correct[f"{row}/worst"] = correct[worst]
+    return metrics, correct
+
+
+# Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
+# "a - b" is the gap in exact answers on the same test problems, "a" an accuracy; "examples a / b" compares the
+# training examples until every class of the validation set is 90 % right.
+CLAIMS = dict(
+    sudoku=[
+        ("mdm-beats-ar-easy", "mdm/easy - ar/easy", 0.2, "AR within 20 points on the paper's class (paper: 79)"),
+        ("mdm-beats-ar-medium", "mdm/medium - ar/medium", 0.2, "AR within 20 points where hidden singles are needed"),
+        ("easy-first-beats-random", "mdm/medium - mdm random/medium", 0.0, "a random order is as good"),
+        ("calls-buy-accuracy", "mdm/medium - mdm 1 call/medium", 0.0, "one parallel call is as good"),
+    ],
+    path=[
+        ("mdm-at-every-distance", "mdm/worst", 0.95, "MDM below 95 % at some planning distance"),
+        ("mdm-beats-ar-far", "mdm/pd5 - ar/pd5", 0.1, "AR within 10 points at the longest distance (paper: 50)"),
+        ("mdm-needs-fewer-examples", "examples ar / mdm", 1.0, "AR reaches 90 % everywhere as early as MDM"),
+    ],
+)
+
+
+def mean_interval(x):
+    """Mean of paired gaps or hits (n,) and its 95 % interval, with one pseudo-pair won and one lost (Agresti-Min)."""
+    spread = 1.96 * np.append(x, [1, -1]).std(ddof=1) / math.sqrt(len(x) + 2)
+    return np.mean(x), (np.mean(x) - spread, np.mean(x) + spread)
+
+
+def examples_needed(curve, bar=0.9):
+    """Examples at the last point with a class below the bar and at the next one (all those seen, if there is none)."""
+    below = max((i for i, point in enumerate(curve) if min(point["exact"].values()) < bar), default=0)
+    return curve[below]["examples"], curve[min(below + 1, len(curve) - 1)]["examples"]
+
+
+def statistics(task, done):
+    """Claim id to (statistic, interval), where the arms it needs were run. done: arm to its result."""
+    correct = {key: hits for arm in done.values() for key, hits in arm["correct"].items()}
+    found = {}
+    for name, formula, *_ in CLAIMS[task]:
+        rows = formula.split(" - ")
+        if formula == "examples ar / mdm" and {"ar", "mdm"} <= set(done):
+            (ar_below, ar), (mdm_below, mdm) = (examples_needed(done[arm]["curve"]) for arm in ("ar", "mdm"))
+            found[name] = ar / mdm, (ar_below / mdm, ar / max(mdm_below, 1))  # as fine as the curve's points
+        elif set(rows) <= set(correct):
+            found[name] = mean_interval(np.array(correct[rows[0]]) - np.array(correct[rows[1]] if rows[1:] else 0))
+    return found
+
+
+# ---------------------------------------------------------------- 6. Training
+def batch_rows(step, size, n, seed):
+    """Which of n problems make batch `step`: every epoch is a new permutation, computed from (seed, epoch) alone."""
+    at = torch.arange(step * size, (step + 1) * size)
+    rows = torch.empty_like(at)
+    for epoch in (at // n).unique().tolist():
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        inside = at // n == epoch
+        rows[inside] = order[at[inside] % n]
+    return rows
+
+
+def make_batch(cfg, run, arm, data, step):
+    """This rank's share of batch `step`; everything random in it is drawn from (seed, step), so resume is exact."""
+    generator = torch.Generator(run.device).manual_seed(1_000_003 * cfg.seed + step)
+    rows = batch_rows(step, cfg.batch_size, len(data[0]), cfg.seed).to(run.device)
+    ids, target = data[0][rows], data[1][rows]
+    if cfg.augment and cfg.task == "sudoku":
+        ids, target = augment_sudoku(ids, target, generator)
+    noisy, asked, weight = corrupt(ids, target, arm, cfg, generator)
+    batch = dict(noisy=noisy, asked=asked, answer=ids[..., 0], weight=weight)
+    return {name: x[run.rank :: run.world] for name, x in batch.items()}
+
+
+def make_loss(cfg, run, arm):
+    """loss(net, part) -> summed loss and number of asked positions. The baselines take plain cross-entropy."""
+    alpha, beta = (cfg.alpha, cfg.beta) if arm == "mdm" and cfg.token_reweighting else (1.0, 0.0)
+    focal = load_kernel("masked_focal_ce") if cfg.kernels else focal_loss
+
+    def loss(net, part):
+        asked = part["asked"]  # (b, L)
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            logits = net(part["noisy"], asked)  # (R, V)
+        weight = part["weight"][:, None].expand_as(asked)[asked]  # (R,)
+        return focal(logits, part["answer"][asked], weight, alpha, beta), asked.sum()
+
+    return loss
+
+
+def prepare(cfg, run, arm, problems):
+    """Data, network and optimizer of an arm; every arm starts from the same seed."""
+    torch.manual_seed(cfg.seed)
+    data = [x.to(run.device) for x in encode(problems, cfg, arm)]
+    model = build(cfg, arm).to(run.device)
+    groups = param_groups(model, cfg.weight_decay)
+    return data, model, torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)
+
+
+def train(cfg, run, arm, problems, val, state):
+    """Train one arm; returns its network and learning curve. state: what load_state gave, {} for a new run."""
+    data, model, optimizer = prepare(cfg, run, arm, problems)
+    step, curve, spent = 0, [], 0.0
+    if state.get("arm") == arm:
+        step, curve, spent = state["step"], state["curve"], state["seconds"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        restore_rng(state)
+    if cfg.compile:
+        for block in model.blocks:
+            block.compile()
+    net = DistributedDataParallel(model) if run.world > 1 else model
+    loss_sum, log, began = make_loss(cfg, run, arm), Log(run, arm, cfg.steps, step), time.perf_counter() - spent
+    while True:
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and len(curve) <= -(-step // cfg.eval_every):
+            model.eval()
+            exact = {name: float(np.mean(accuracy(model, arm, p, cfg)[0])) for name, p in val.items()}
+            curve.append(dict(step=step, examples=step * cfg.batch_size, exact=exact))
+            log(always=True, **curve[-1])
+        if run.stop or step == cfg.steps or (step % cfg.save_every == 0 and step):
+            parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), done=state.get("done", {}))
+            save_state(run, arm=arm, step=step, curve=curve, seconds=time.perf_counter() - began, **parts)
+        if run.stop:
+            stopped(run)
+        if step == cfg.steps:
+            return model, curve
+        lr = lr_at(step, cfg.lr, 0.0, cfg.warmup_steps, cfg.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        loss = accumulate(net, make_batch(cfg, run, arm, data, step), cfg.micro_batch or cfg.batch_size, loss_sum)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % cfg.log_every == 0:
+            rate = step * cfg.batch_size / (time.perf_counter() - began)
+            eta = (cfg.steps - step) * cfg.batch_size / rate / 60
+            log(step, loss=loss.item(), gnorm=norm.item(), lr=lr, per_s=rate, eta_min=eta)
+
+
+# ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
+# --- block: cli ---
+def fail(text):
+    """A user's mistake: one line, exit code 2."""
+    print("error:", text, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def cli(config, scales, argv=None):
+    """argv to config: a field's trailing comment is its help (a|b: ... are choices), --scale picks overrides."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
+    style = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    for f in fields(config):
+        options = re.match(r"[\w-]+(\|[\w-]+)+(?=:)", notes[f.name])
+        kind = dict(type=type(f.default), choices=options and options[0].split("|"))
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else kind
+        text = f"{notes[f.name]} [{f.default}]".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+    parser.error = lambda message: fail(f"{message} (-h lists every flag)")
+    given = vars(parser.parse_args(argv))
+    scale, task = given.get("scale", config.scale), given.get("task", config.task)
+    return config(**{**scales[scale], **scales.get(f"{scale}:{task}", {}), **given})
+# --- end block ---
+
+
+# --- block: run ---
+def start_run(cfg, script):
+    """Device, dtype, threads, rank and output directory; Ctrl-C sets .stop, a second Ctrl-C kills."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010"))
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    if (out / "result.json").exists() or ((out / "state.pt").exists() and not cfg.resume):
+        fail(f"{out} holds a run: continue an interrupted one with --resume, else choose another --out or remove it")
+    settings, saved = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}, out / "config.json"
+    before = json.loads(saved.read_text()) if cfg.resume and saved.exists() else settings
+    if before != settings:
+        changed = [k for k in settings if before.get(k) != settings[k]]
+        fail(f"--resume needs the flags of the interrupted run, different are: {', '.join(changed)}")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_file(saved, json.dumps(settings, indent=1).encode())
+    device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+    run = SimpleNamespace(device=device, dtype=getattr(torch, dtype), rank=rank, world=world, out=out, stop=False)
+    signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return run
+# --- end block ---
+
+
+# --- block: log ---
+class Log:
+    """Progress: a bar on a terminal, else a line every five seconds; every record also goes to out/log.jsonl."""
+
+    def __init__(self, run, name, total, done=0):
+        self.run, self.name, self.total, self.shown = run, name, total, 0.0
+        self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
+
+    def __call__(self, step, always=False, **numbers):
+        if self.run.rank:
+            return
+        with open(self.run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(dict(name=self.name, step=step, **numbers)) + "\n")
+        groups = [v if isinstance(v, dict) else {k: v} for k, v in numbers.items()]
+        text = " | ".join(f"{k} {v:.4g}" for group in groups for k, v in group.items())
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (always or time.monotonic() - self.shown > 5):
+            self.shown = time.monotonic()
+            print(f"{self.name} step {step}/{self.total} | {text}", flush=True)
+# --- end block ---
+
+
+# --- block: result ---
+def verdict(statistic, ci, threshold):
+    """Where the whole interval lies on one side of the threshold the claim HOLDS or DOES NOT HOLD."""
+    assert ci[0] <= statistic <= ci[1], "the interval must contain the statistic"
+    return "HOLDS" if ci[0] > threshold else "DOES NOT HOLD" if ci[1] < threshold else "INCONCLUSIVE"
+
+
+def method_hash():
+    """Hash of the syntax tree of sections 1-6 without docstrings: evidence is stale when it changes."""
+    tree = ast.parse(re.split(r"^# -{10,} 7\. ", Path(__file__).read_text("utf-8"), flags=re.M)[0])
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def report(cfg, run, script, argv, found, claims, **record):
+    """CLAIM lines for what was found, {id: (statistic, ci)}, then the RESULT line, which is also result.json."""
+    rows = []
+    for name, formula, threshold, _ in (claim for claim in claims if claim[0] in found and cfg.scale != "smoke"):
+        statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
+        outcome = verdict(statistic, ci, threshold)
+        rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}"
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    result = dict(script=script, task=cfg.task, scale=cfg.scale, tag=cfg.tag, seed=cfg.seed, argv=argv, commit=commit)
+    result |= dict(method_hash=method_hash(), device=device, threads=torch.get_num_threads(), versions=versions)
+    result |= record | dict(claims=rows)
+    replace_file(run.out / "result.json", json.dumps(result, indent=1).encode())
+    print("RESULT", json.dumps(result))
+    return result
+# --- end block ---
+
+
+# --- block: checkpoint ---
+def replace_file(path, content):
+    """Write bytes so that a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_state(run, **state):
+    """All that a run needs to continue, in one file: its parts, the random states, the length of the log."""
+    log, buffer = run.out / "log.jsonl", io.BytesIO()
+    state |= dict(rng=torch.get_rng_state(), threads=torch.get_num_threads(), torch=str(torch.__version__))
+    state |= dict(cuda=torch.cuda.get_rng_state_all()) if run.device.type == "cuda" else {}
+    torch.save(state | dict(log=log.stat().st_size if log.exists() else 0), buffer)
+    if not run.rank:
+        replace_file(run.out / "state.pt", buffer.getvalue())
+
+
+def load_state(run):
+    """What save_state saved, {} if there is nothing; the log is cut to its length at that time."""
+    if not (run.out / "state.pt").exists():
+        return {}
+    state = torch.load(run.out / "state.pt", map_location="cpu", weights_only=True)
+    if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
+        print("note: the number of threads or torch has changed: the result will not be the same to the bit")
+    if (run.out / "log.jsonl").exists() and not run.rank:
+        os.truncate(run.out / "log.jsonl", state["log"])
+    return state
+
+
+def restore_rng(state):
+    torch.set_rng_state(state["rng"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def export(model):
+    """A model's weights as safetensors bytes, tied weights once."""
+    once = {p.data_ptr(): (name, p.detach().contiguous()) for name, p in reversed(model.state_dict().items())}
+    return save(dict(once.values()))
+# --- end block ---
+
+
+# --- block: train_utils ---
+def lr_at(step, lr, min_lr, warmup_steps, steps):
+    """Linear warm-up, then cosine to min_lr at the last step; never 0 at step 0."""
+    if step < warmup_steps:
+        return lr * (step + 1) / (warmup_steps + 1)
+    done = min(1.0, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def param_groups(model, weight_decay):
+    """Decay matrices, not biases and norms."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
+    return [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+
+
+def accumulate(net, batch, micro_batch, loss_sum):
+    """Gradient of sum(loss) / sum(count) over the batch of all ranks, however it is split; returns that mean.
+
+    batch: dict of tensors with equal first axis; loss_sum(net, part) -> summed loss, count."""
+    size, total, ranks = len(next(iter(batch.values()))), 0.0, dist.get_world_size() if dist.is_initialized() else 1
+    for i in range(0, size, micro_batch):
+        with net.no_sync() if ranks > 1 and i + micro_batch < size else contextlib.nullcontext():
+            loss, count = loss_sum(net, {name: x[i : i + micro_batch] for name, x in batch.items()})
+            loss.backward()
+        total = total + torch.stack([loss.detach(), count.to(loss.dtype)])
+    if ranks > 1:
+        dist.all_reduce(total)
+    total[1].clamp_(min=1)
+    for p in net.parameters():
+        p.grad *= ranks / total[1]  # DDP has averaged the sums over the ranks
+    return total[0] / total[1]
+# --- end block ---
+
+
+@functools.cache
+def load_kernel(name):
+    """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
+    try:
+        return importlib.import_module("kernels").checked(name)
+    except ImportError as error:
+        fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+
+
+def stopped(run):
+    """After Ctrl-C: the state is saved; say how to go on."""
+    command = " ".join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+    print(f"stopped; {run.out / 'state.pt'} is saved, continue with: {command}")
+    raise SystemExit(130)
+
+
+def cost(cfg, arm):
+    """Parameters, canvas length L, training FLOPs per canvas: 6 a weight and position, 12 L d a layer and position."""
+    with torch.device("meta"):
+        model = build(cfg, arm)
+    L, weights = canvas_length(cfg, arm), sum(p.numel() for p in model.blocks.parameters()) + VOCAB * cfg.n_embd
+    return sum(p.numel() for p in model.parameters()), L, L * (6 * weights + 12 * cfg.n_layer * cfg.n_embd * L)
+
+
+def dry_run(cfg):
+    """What a run takes, without allocating a network."""
+    for arm in cfg.arms.split(","):
+        n, L, flops = cost(cfg, arm)
+        canvases, rows = cfg.batch_size * cfg.steps, cfg.micro_batch or cfg.batch_size
+        memory = (16 * n + rows * L * (68 * cfg.n_layer * cfg.n_embd + 8 * VOCAB)) / 2**30
+        print(f"{arm}: {n:,} parameters, {canvases * L:.2e} tokens, {canvases * flops:.2e} FLOPs, "
+              f"{memory:.2f} GiB per device, {canvases * flops / 200e12 / 3600:.2f} hours on one H100")
+    print("assumed: AdamW in fp32, 34 bf16 activations of width d per layer and position, 200 TFLOP/s, no evaluation")
+
+
+def ledger(cfg, run, problems):
+    """Say before training what it takes: measured steps, throughput against a matmul's, the first loss."""
+    x, total = torch.randn(1024, 1024, device=run.device, dtype=run.dtype), 0.0
+    peak = 2 * 1024**3 / min(timed(lambda: (x @ x).sum().item()) for _ in range(5))
+    for arm in cfg.arms.split(","):
+        data, model, _ = prepare(cfg, run, arm, problems[: cfg.batch_size])
+        batch, loss, micro = make_batch(cfg, run, arm, data, 0), make_loss(cfg, run, arm), cfg.micro_batch or cfg.batch_size
+        seconds = min(timed(lambda: accumulate(model, batch, micro, loss)) for _ in range(3))
+        with torch.no_grad():
+            nll = F.cross_entropy(model(batch["noisy"], batch["asked"]).float(), batch["answer"][batch["asked"]])
+        (n, L, flops), rate, total = cost(cfg, arm), cfg.batch_size / seconds, total + seconds * cfg.steps / 60
+        print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} problems/s, "
+              f"{rate * L:,.0f} tokens/s, {100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
+              f"first nll {nll:.2f}, uniform {math.log(VOCAB):.2f}")
+    print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
+
+
+def timed(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def plot_curves(path, done):
+    """Learning curves: exact answers on validation problems per class, one panel per arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(done), 3.2), layout="constrained")
+    for axes, (arm, result) in zip(figure.subplots(1, len(done), sharey=True, squeeze=False)[0], done.items()):
+        for group in result["curve"][0]["exact"]:
+            axes.plot(*zip(*((p["examples"], p["exact"][group]) for p in result["curve"])), marker=".", label=group)
+        axes.set(title=arm, xlabel="training examples", ylabel="exact answers", ylim=(-0.02, 1.02))
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def draw_trace(path, problem, model, cfg):
+    """The problem, and beside it the order in which mdm reveals the answer: the small numbers are network calls."""
+    from matplotlib.figure import Figure
+
+    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
+    (text,), calls = answer(model.eval(), "mdm", [problem], cfg, **options)
+    board, question = cfg.task == "sudoku", len(to_symbols(*problem, cfg)[0])
+    labels = list(text) if board or cfg.format == "chars" else re.findall(r"\d+", text)[::2] + [text.split(",")[-1]]
+    begin = question + 1 if cfg.canvas == "source" else 0 if board else question
+    calls, width = calls[0, begin : begin + len(labels)].tolist(), 9 if board else len(labels)
+    figure = Figure(figsize=(9, 4.6) if board else (9, 1.8), layout="constrained")
+    for axes, shown in zip(figure.subplots(1, 2), (problem[0] if board else [], labels)):
+        axes.imshow(np.reshape(calls, (-1, width)), cmap="YlGnBu", alpha=0.6 if shown is labels else 0.0)
+        for i, label in enumerate(shown):
+            axes.text(i % width, i // width, label.replace("0", "") if board else label, ha="center", fontsize=13)
+            axes.text(i % width + 0.3, i // width + 0.4, calls[i] if shown is labels else "", ha="center", fontsize=6)
+        axes.set(xticks=[2.5, 5.5] if board else [], yticks=[2.5, 5.5] if board else [])
+        axes.grid(board, color="black")
+    figure.suptitle("" if board else problem[0])
+    figure.savefig(path, dpi=110)
+
+
+SHAPE = "task format canvas positions size n_layer n_head n_embd shift".split()  # what a saved network fixes
+
+
+def solve(cfg):
+    """Answer the problems of a file, one line each; accuracy goes to standard error."""
+    folder, arm = Path(cfg.load), cfg.arms.split(",")[0]
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        for name in SHAPE:
+            setattr(cfg, name, saved[name])
+        model = build(cfg, arm).to(device).eval()
+        model.load_state_dict(load_file(folder / f"{arm}.safetensors"))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        fail(f"--load {folder}: not a finished run with the arm {arm}: {str(error).splitlines()[0]}")
+    problems, began = read_problems(cfg.solve, cfg.task, need_target=False), time.perf_counter()
+    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
+    texts, _ = answer(model, arm, problems, cfg, **(options if arm == "mdm" else dict(steps=1)))
+    rate = len(problems) / (time.perf_counter() - began)
+    marks = [(grade(cfg.task, s, t, text), bool(t)) for (s, t), text in zip(problems, texts)]
+    print("\n".join(texts))
+    official = [mark[0] for mark, known in marks if known]
+    strict = f"strict {sum(mark[1] for mark, _ in marks)}/{len(marks)}"
+    print(f"{strict}, official {sum(official)}/{len(official)} with a target, {rate:.1f} answers/s", file=sys.stderr)
+    if cfg.trace and arm == "mdm":
+        draw_trace(folder / "trace.png", problems[-1], model, cfg)
+
+
+# ---------------------------------------------------------------- 8. Main
+def print_table(metrics):
+    """Rows "arm" and "arm variant", one column per class."""
+    columns = [c for c in dict.fromkeys(key.split("/")[1] for key in metrics) if not c.endswith("strict")]
+    print(f"{'':20}" + "".join(f"{column:>16}" for column in columns))
+    for row in dict.fromkeys(key.split("/")[0] for key in metrics):
+        cells = (f"{metrics[f'{row}/{column}']:.4g}" if f"{row}/{column}" in metrics else "" for column in columns)
+        print(f"{row:20}" + "".join(f"{cell:>16}" for cell in cells))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = cli(Config, SCALES, argv)
+    if cfg.dry_run:
+        return dry_run(cfg)
+    if cfg.solve:
+        return solve(cfg)
+    run, began = start_run(cfg, "mdm"), time.perf_counter()
+    train_set, val, test = load_problems(cfg)
+    digest = hashlib.sha256(repr((train_set, test)).encode()).hexdigest()
+    if not run.rank:
+        print(f"{len(train_set)} training problems; test: {', '.join(f'{len(v)} {k}' for k, v in test.items())}")
+        ledger(cfg, run, train_set)
+    state = load_state(run)
+    done, seconds = state.get("done", {}), time.perf_counter() - began
+    for arm in cfg.arms.split(","):
+        if arm in done:
+            continue
+        began = time.perf_counter() - (state["seconds"] if state.get("arm") == arm else 0)
+        model, curve = train(cfg, run, arm, train_set, val, state)
+        metrics, correct = evaluate(model, arm, test, cfg)
+        if cfg.task == "path":
+            reach = {name: examples_needed([p | dict(exact={name: p["exact"][name]}) for p in curve]) for name in val}
+            metrics |= {f"{arm}/examples {name}": at for name, (below, at) in reach.items() if at > below}
+        done[arm] = dict(metrics=metrics, correct=correct, curve=curve, seconds=time.perf_counter() - began)
+        if run.rank:
+            continue
+        replace_file(run.out / f"{arm}.safetensors", export(model))
+        if cfg.trace and arm == "mdm":
+            draw_trace(run.out / "trace.png", list(test.values())[-1][-1], model, cfg)
+        state = dict(done=done)
+        save_state(run, **state)
+    if run.rank:
+        return
+    plot_curves(run.out / "plot.png", done)
+    metrics = {key: value for arm in done.values() for key, value in arm["metrics"].items()}
+    print_table(metrics)
+    record = dict(tried=TRIED, metrics=metrics, curves={arm: result["curve"] for arm, result in done.items()})
+    record |= dict(data_sha256=digest, minutes=(seconds + sum(arm["seconds"] for arm in done.values())) / 60)
+    return report(cfg, run, "mdm", argv, statistics(cfg.task, done), CLAIMS[cfg.task], **record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""What every test file shares: running a script alone, kill and resume, bad input, markers, time limits.
+
+--real, --peers and --battery switch on the tests with that marker. A test that starts a script as a process
+is marked slow by itself (`-m "not slow"` leaves the quick ones). TEST_TIME_FACTOR scales the time limits.
+"""
+import collections
+import functools
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
+FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
+OPT_IN = {"real": "fetches real weights or data", "peers": "needs a peer library", "battery": "is long"}
+SECONDS = collections.Counter()  # test file -> seconds of its tests, fixtures included
+BLOCK_NETWORK = """
+import socket
+def guard(connect):
+    def guarded(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"the test blocks the network: {address}")
+        return connect(self, address)
+    return guarded
+socket.socket.connect = guard(socket.socket.connect)
+socket.socket.connect_ex = guard(socket.socket.connect_ex)
+"""
+
+
+# ---------------------------------------------------------------- running a script as a user does
+class Alone:
+    """Run a script as somebody has it who copied that one file: no repository, no network, no TRITON_*."""
+
+    def __init__(self, factory):
+        self.new = lambda: factory.mktemp("alone")
+        home = factory.mktemp("home")  # a cache in the real home would hide a download
+        (home / "sitecustomize.py").write_text(BLOCK_NETWORK)
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON_", "XDG_"))}
+        self.env |= {"HOME": str(home), "PYTHONPATH": str(home), "PYTHONUSERBASE": site.getuserbase()}
+
+    def __call__(self, script, *argv, cwd=None, timeout=60, codes=(0,), meanwhile=None):
+        """`python script argv` in `cwd` (a new empty directory), beside `meanwhile(process)` in a thread.
+
+        Fails when the exit status is not among `codes`. Returns the CompletedProcess with .cwd, .seconds,
+        .result (the RESULT line, else None) and .out (the directory of the newest result.json, else None).
+        """
+        cwd, began = Path(cwd or self.new()), time.monotonic()
+        path = shutil.copy((ROOT / script).with_suffix(".py"), cwd)
+        command = [sys.executable, Path(path).name, *map(str, argv)]
+        process = subprocess.Popen(command, cwd=cwd, env=self.env, text=True, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if meanwhile:
+            threading.Thread(target=meanwhile, args=(process,), daemon=True).start()
+        try:
+            out, err = process.communicate(timeout=timeout * FACTOR)
+        finally:
+            process.kill()  # nothing to a process that has ended
+        run = subprocess.CompletedProcess(command, process.returncode, out, err)
+        assert run.returncode in codes, f"{command} gave {run.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+        records = [json.loads(line[7:]) for line in out.splitlines() if line.startswith("RESULT ")]
+        outs = sorted(cwd.rglob("result.json"), key=lambda p: p.stat().st_mtime_ns)
+        run.result, run.out = records[-1] if records else None, outs[-1].parent if outs else None
+        run.cwd, run.seconds = cwd, time.monotonic() - began
+        return run
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """`alone(script, *argv, cwd=None, timeout=60, codes=(0,))`: see Alone.__call__."""
+    return Alone(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def smoke(alone):
+    """`smoke(script, *argv)`: the copied-alone run at --scale smoke, done once per session and arguments."""
+    return functools.cache(lambda script, *argv: alone(script, "--scale", "smoke", *argv))
+
+
+# ---------------------------------------------------------------- kill and resume
+def kill_after_save(cwd, share, whole):
+    """A `meanwhile`: SIGKILL after the next state.pt and `share` of the time that is then left of `whole`."""
+    def saves():
+        return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in cwd.rglob("state.pt")}
+
+    def kill(process):
+        while process.poll() is None and saves() == before:
+            time.sleep(0.002)
+        time.sleep(share * max(0.0, whole.seconds - (time.monotonic() - began)))
+        if process.poll() is None and not list(cwd.rglob("result.json")):
+            print(f"SIGKILL {time.monotonic() - began:.2f} s after the start")
+            process.kill()
+
+    before, began = saves(), time.monotonic()
+    return kill
+
+
+def outcome(run):
+    """A run's exported weights as hashes, and its result.json without minutes, argv and measures of speed."""
+    def steady(record):
+        timing = re.compile(r"^(minutes|argv)$|per_s(?![a-z])|seconds|mfu")
+        return {key: value for key, value in record.items() if not timing.search(key)}
+
+    weights = {str(p.relative_to(run.out)): hashlib.sha256(p.read_bytes()).hexdigest()
+               for p in run.out.rglob("*.safetensors")}
+    text = (run.out / "result.json").read_text()
+    return weights, json.loads(text, object_hook=steady, parse_constant=str)  # as text, NaN equals NaN
+
+
+@pytest.fixture
+def kill_and_resume(alone, smoke):
+    """`kill_and_resume(script, *argv, seed=0)`: the smoke run, killed and continued, equals the whole one.
+
+    One kill is certain; a second, during the first continuation, may come too late. Returns the last run.
+    """
+    def check(script, *argv, seed=0):
+        whole, rng, codes = smoke(script, *argv), random.Random(seed), (0, -signal.SIGKILL)
+        start = functools.partial(alone, script, "--scale", "smoke", *argv, codes=codes)
+        for share in (0.9, 0.3, 0.0):  # where the run ended before the kill: kill a new one earlier
+            cwd = alone.new()
+            run = start(cwd=cwd, meanwhile=kill_after_save(cwd, share * rng.random(), whole))
+            if run.returncode:
+                break
+        assert run.returncode, "the run ended before the kill: it writes state.pt only at its end, or never"
+        kill = kill_after_save(cwd, 0.3 * rng.random(), whole)
+        while run.returncode:
+            run = start("--resume", cwd=cwd, meanwhile=kill)
+            kill = None
+        assert outcome(run) == outcome(whole)
+        return run
+    return check
+
+
+# ---------------------------------------------------------------- bad input
+@pytest.fixture
+def rejects(capsys, monkeypatch, tmp_path):
+    """`rejects(main, argv, *words)`: one line `error: ...` with all words, exit status 2, no file written."""
+    def check(main, argv, *words):
+        (work := tmp_path / "rejects").mkdir(exist_ok=True)
+        monkeypatch.chdir(work)
+        capsys.readouterr()  # forget what an earlier call printed
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
+        assert [word for word in words if str(word) not in err] == [], err
+        assert "Traceback" not in out and list(work.rglob("*")) == []
+    return check
+
+
+# ---------------------------------------------------------------- markers and time limits
+def pytest_addoption(parser):
+    for name, text in OPT_IN.items():
+        parser.addoption(f"--{name}", action="store_true", help=f"also run a test that {text}")
+
+
+def pytest_configure(config):
+    for name, text in {**OPT_IN, "gpu": "needs CUDA", "slow": "starts a script as a process"}.items():
+        config.addinivalue_line("markers", f"{name}: a test that {text}")
+    config.addinivalue_line("filterwarnings", "error::pytest.PytestUnknownMarkWarning")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(config, items):
+    missing = {name: f"needs --{name}" for name in OPT_IN if not config.getoption(name)}
+    missing |= {} if torch.cuda.is_available() else {"gpu": "needs CUDA"}
+    for item in items:
+        if {"alone", "smoke", "kill_and_resume"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+        for name in missing.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=missing[name]))
+
+
+def pytest_runtest_logreport(report):
+    if not OPT_IN.keys() & set(report.keywords):  # the limits are about plain `pytest`
+        SECONDS[report.nodeid.split("::")[0]] += report.duration
+
+
+def late():
+    """One line for each test file over its limit: 45 s, 90 s in tests/kernels."""
+    limits = {name: FACTOR * (90 if "kernels/" in name else 45) for name in SECONDS}
+    return [f"TOO SLOW {name}: {SECONDS[name]:.1f} s, limit {limits[name]:.0f} s\n"
+            for name in SECONDS if SECONDS[name] > limits[name]]
+
+
+def pytest_sessionfinish(session):
+    session.exitstatus = session.exitstatus or int(bool(late()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write("".join(late()), red=True)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""kernels/_common.py and the GPU half of kernels/__main__.py, as far as a CPU can tell.
+
+A bug that must be caught here: assert_kernel without its maximum-error line (one wrong element passes).
+"""
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import __main__ as report
+from kernels import decode_scores, masked_focal_ce
+from kernels._common import assert_kernel, block_sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_block_sizes():
+    for V in (1, 2, 15, 16, 17, 31, 1000, 4096, 4097, 151936):
+        rows, columns, warps = block_sizes(V)
+        assert columns & (columns - 1) == 0 and rows & (rows - 1) == 0 and warps in (4, 8)
+        assert min(V, 4096) <= columns <= max(16, 2 * V) and rows * columns <= 4096
+
+
+# ------------------------------------------------------------------ the error rule
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_assert_kernel_accepts_rounding_and_rejects_bugs(dtype):
+    exact = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    good = exact.to(dtype)
+    assert_kernel("good", good, exact, good, 1)
+    one_wrong, nan, scaled = good.clone(), good.clone(), (exact * 1.03).to(dtype)
+    one_wrong[5, 5] += 0.2
+    nan[0, 0] = float("nan")
+    for bad in (one_wrong, nan, scaled, good[:-1]):
+        with pytest.raises(AssertionError):
+            assert_kernel("bad", bad, exact, good, 1)
+    if dtype != torch.float32:
+        with pytest.raises(AssertionError, match="RMS"):          # as bad as eager, but both are bad
+            assert_kernel("bad eager", scaled, exact, scaled, 1)
+
+
+def test_assert_kernel_integers_and_zeros():
+    ids = torch.tensor([1, 2, 3])
+    assert_kernel("equal", ids, ids.clone(), ids, 1)
+    with pytest.raises(AssertionError, match="1 of 3 differ"):
+        assert_kernel("other", ids, torch.tensor([1, 2, 4]), ids, 1)
+    zero = torch.zeros(3)
+    assert_kernel("zero", zero, zero.double(), zero, 1)
+    with pytest.raises(AssertionError):
+        assert_kernel("not zero", zero + 1e-30, zero.double(), zero, 1)
+
+
+# ------------------------------------------------------------------ parts of python -m kernels on a GPU
+@pytest.mark.parametrize("module", [masked_focal_ce, decode_scores])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_check_op_passes_and_notices_a_wrong_kernel(module, monkeypatch, device):
+    shapes = [(9, 31, torch.float32), (3, 2000, torch.float16)]
+    report.check_op(module, device, shapes)
+    monkeypatch.setattr(module, "kernel", lambda x, *rest: module.reference(x * 1.01, *rest))
+    with pytest.raises(AssertionError):
+        report.check_op(module, device, shapes)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_benchmark_rows(monkeypatch, device):
+    """Real thunks of every provider, a clock that always says 2 ms: the arithmetic of the columns."""
+    def clock(fn, grad_to_none=None):
+        fn()
+        return 2.0, 1.0, 3.0
+    monkeypatch.setattr(report, "time_gpu", clock)
+    monkeypatch.setattr(report, "peak_memory", lambda fn: 5e6)
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    rows = [row for op in report.OPS
+            for row in report.bench_op(op, device, [(10, 100, torch.float32)], (8e6, 1e12))]
+    keys = [(row["op"], row["mode"], row["provider"]) for row in rows]
+    providers = ("kernel", "eager", "torch.compile")
+    modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"))
+    assert keys == [(op, mode, provider) for op, mode in modes for provider in providers]
+    backward = rows[3]                                            # 8000 bytes in 2 ms, peak 8 MB/s: 1 ms
+    assert (backward["ms"], backward["floor ms"], backward["x floor"], backward["% of copy"]) == \
+        ("2.0000", "1.0000", "2.00", "50")
+    assert backward["GB/s"] == "0" and backward["graph ms"] is None and backward["peak MB"] == "5"
+    report.table(rows)
+
+
+def test_works_without_triton():
+    """On macOS and Windows the package imports, the reference runs, and the rest says what is missing."""
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from kernels.decode_scores import decode_scores
+        from kernels.masked_focal_ce import masked_focal_ce
+        x = torch.zeros(2, 4)
+        assert decode_scores(x)[0].tolist() == [0, 0]
+        assert masked_focal_ce(x, torch.tensor([0, 1]), torch.ones(2), 1.0, 0.0) > 2.7
+        try:
+            decode_scores(x, impl="triton")
+        except RuntimeError as error:
+            print(error)
+    """
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "needs the triton package" in run.stdout, run.stderr
+
+
+@pytest.mark.gpu
+def test_gpu_check_shapes():
+    for module in (masked_focal_ce, decode_scores):
+        report.check_op(module, "cuda", report.CHECK_SHAPES)
+
+
+@pytest.mark.parametrize("name", ["masked_focal_ce", "decode_scores"])
+def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
+    import kernels
+    module = importlib.import_module(f"kernels.{name}")
+    args = {"masked_focal_ce": (torch.randn(7, 31), torch.arange(7), torch.ones(7), 0.25, 2.0),
+            "decode_scores": (torch.randn(7, 31), (1, 2))}[name]
+    reference, calls = getattr(module, f"{name}_ref"), []
+    monkeypatch.setattr(module, f"{name}_ref", lambda *a, **k: calls.append(1) or reference(*a, **k))
+    operation = kernels.checked(name, impl="triton")
+    first, second = operation(*args), operation(*args)
+    assert len(calls) == 2 and all(map(torch.equal, *((x if isinstance(x, tuple) else (x,)) for x in (first, second))))
+
+    def wrong(*a, **k):
+        out = reference(*a, **k)
+        return (*out[:2], out[2] + 0.01, *out[3:]) if isinstance(out, tuple) else out * 1.01
+    monkeypatch.setattr(module, f"{name}_ref", wrong)
+    with pytest.raises(AssertionError, match=name):
+        kernels.checked(name, impl="triton")(*args)

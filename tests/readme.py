@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""README's result regions, generated from the records in results/, and README's commands.
+
+python tests/readme.py          # one line per difference or mistake, status 1 when there is one
+python tests/readme.py --write  # fill the regions first
+A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b -->` (the columns may be left out)
+and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json.
+Run it with Python 3.11: the hash of a syntax tree differs between Python versions.
+"""
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)? -->\n).*?(<!-- end results -->)", re.S)
+COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b([^\n`#|&;<>()]*)")
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile, 1 to 9 degrees
+
+
+def load(path):
+    """The script as a module, registered because dataclasses and inspect look their module up."""
+    spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def half_width(values):
+    """Half the 95 % interval of a mean by Student's t (from 10 degrees of freedom on by its expansion)."""
+    n = len(values) - 1
+    t = T_975[n - 1] if n < 10 else 1.95996 + 2.37227 / n + 2.8225 / n**2
+    return t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def cell(values):
+    """Mean ± sample standard deviation, to two digits of the latter; four digits of a single value."""
+    mean = statistics.fmean(values)
+    spread = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
+    if spread == 0:
+        return f"{mean:.4g}"
+    digits = max(0, 1 - math.floor(math.log10(spread)))
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def table(records, columns):
+    """Rows are arms, columns are measures: the named ones, else all. An arm with none of them has no row."""
+    values = {}
+    for record in records:
+        for key, value in record["metrics"].items():
+            values.setdefault(tuple(key.split("/", 1)), []).append(value)
+    columns = columns or list(dict.fromkeys(what for _, what in values))
+    if missing := set(columns) - {what for _, what in values}:
+        raise ValueError(f"no measure named {', '.join(sorted(missing))}")
+    rows = [["arm", *columns], ["---"] * (len(columns) + 1)]
+    for arm in dict.fromkeys(arm for arm, what in values if what in columns):
+        rows.append([arm, *(cell(values[arm, what]) if (arm, what) in values else "" for what in columns)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def claims(records, verdict):
+    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval."""
+    lines = []
+    for claim in records[0]["claims"]:
+        same = [c for r in records for c in r["claims"] if c["id"] == claim["id"]]
+        values, limit = [c["statistic"] for c in same], claim["threshold"]
+        if len(same) < len(records) or {c["threshold"] for c in same} != {limit}:
+            raise ValueError(f"claim {claim['id']} is missing in a record or has two thresholds")
+        mean, (low, high), over = statistics.fmean(values), claim["ci"], "of the run"
+        if len(values) > 1:
+            low, high, over = mean - half_width(values), mean + half_width(values), "over seeds"
+        lines.append(f"- {claim['id']}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
+                     f"threshold {limit:.4g}: {verdict(mean, [low, high], limit)}\n")
+    return "".join(lines)
+
+
+def source(records, method_hash):
+    """Command, cost and origin of the numbers, and STALE when sections 1 to 6 have changed since."""
+    lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
+    runs = dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines)
+    form = "{device}, {threads} threads, torch {versions[torch]}, commit {commit!s:.10}"
+    facts = dict.fromkeys(form.format(**r) for r in records)
+    seeds = ", ".join(str(r["seed"]) for r in records)
+    minutes = statistics.fmean(r["minutes"] for r in records)
+    stale = ", **STALE**" if {r["method_hash"] for r in records} != {method_hash} else ""
+    return (f"{' and '.join(runs)}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
+            f"{' and '.join(facts)}{stale}\n")
+
+
+def render(key, columns, root):
+    """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
+    paths = [p for p in (root / "results").glob("*.json") if re.fullmatch(re.escape(key) + r"-s\d+", p.stem)]
+    records = sorted((json.loads(path.read_text()) for path in paths), key=lambda r: r["seed"])
+    if not records:
+        raise ValueError(f"there is no results/{key}-s<seed>.json")
+    script = load(root / f"{records[0]['script']}.py")
+    parts = table(records, columns), claims(records, script.verdict), source(records, script.method_hash())
+    return "\n" + "\n".join(part for part in parts if part) + "\n"
+
+
+def generate(text, root):
+    """README with its regions filled, and one line per mistake in a region or a record's name or use."""
+    mistakes, used = [], set()
+
+    def fill(match):
+        used.add(match[2])
+        try:
+            return match[1] + render(match[2], re.split(", *", match[3]) if match[3] else [], root) + match[4]
+        except ValueError as error:
+            mistakes.append(f"region {match[2]}: {error}")
+            return match[0]
+
+    new = REGION.sub(fill, text)
+    if not text.count("<!-- results") == text.count("<!-- end results") == len(REGION.findall(text)):
+        mistakes.append("README.md has a result region that is not well formed")
+    for path in sorted((root / "results").glob("*.json")):
+        if path.stem != "{script}-{task}-{scale}-{tag}-s{seed}".format(**json.loads(path.read_text())):
+            mistakes.append(f"results/{path.name}: the name is not that of the record in it")
+        if path.stem.rpartition("-s")[0] not in used:
+            mistakes.append(f"results/{path.name}: no region of README uses it")
+    return new, mistakes
+
+
+def refused(text, root):
+    """One line for each command in README that its script's own parser does not take."""
+    for name, rest in COMMAND.findall(text.replace("\\\n", " ")):
+        argv, said = ["0" if word == "S" else word for word in shlex.split(rest)], io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                script = load(root / name)
+                script.cli(script.Config, script.SCALES, argv)
+        except (SystemExit, FileNotFoundError) as error:
+            if str(error) != "0":  # -h stops with 0
+                yield f"README: python {name} {rest.strip()}: {said.getvalue().strip() or error}"
+
+
+def main(argv, root=ROOT):
+    """Fill README with --write, else compare; prints the mistakes and returns the exit status."""
+    text = (root / "README.md").read_text()
+    new, mistakes = generate(text, root)
+    if "--write" in argv:
+        (root / "README.md").write_text(new)
+    elif new != text:
+        mistakes.append("README.md differs from results/: run python tests/readme.py --write")
+    mistakes += refused(new, root)
+    print("".join(line + "\n" for line in mistakes), end="")
+    return int(bool(mistakes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

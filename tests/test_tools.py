@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""The test tools themselves: conftest.py, blocks.py, readme.py and mutate.py, on small invented scripts."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import blocks
+import mutate
+import pytest
+import readme
+
+# Ten steps of a sum, saved after each one. FORGET makes --resume lose the sum, as a broken checkpoint would.
+COUNTER = '''
+import argparse, importlib.util, json, os, pathlib, socket, time
+p = argparse.ArgumentParser()
+p.add_argument("--scale")
+p.add_argument("--resume", action="store_true")
+args, out = p.parse_args(), pathlib.Path("out")
+out.mkdir(exist_ok=True)
+state, step, total = out / "state.pt", 0, 0.0
+if args.resume:
+    step, total = json.loads(state.read_text())
+    total = 0.0 if FORGET else total
+while step < 10:
+    time.sleep(0.03)
+    step, total = step + 1, total + step / 7
+    state.with_suffix(".tmp").write_text(json.dumps([step, total]))
+    state.with_suffix(".tmp").rename(state)
+
+def connects(address):
+    try:
+        socket.create_connection(address, timeout=5).close()
+        return True
+    except RuntimeError:
+        return False
+
+server = socket.create_server(("127.0.0.1", 0))
+metrics = {"a/total": total, "a/steps_per_s": time.time(), "a/not": float("nan"),
+           "a/loopback": connects(server.getsockname()), "a/network": connects(("192.0.2.1", 80)),
+           "a/interpreted": "TRITON_INTERPRET" in os.environ,
+           "a/repository": any(importlib.util.find_spec(n) for n in ("kernels", "conftest", "readme")),
+           "a/files": len(list(pathlib.Path().glob("*.py")))}
+record = json.dumps({"minutes": time.time(), "argv": str(args), "metrics": metrics})
+(out / "model.safetensors").write_text(str(total))
+(out / "result.json").write_text(record)
+print("RESULT " + record)
+'''
+
+
+@pytest.fixture
+def counter(tmp_path):
+    def write(forget):
+        path = tmp_path / "counter.py"
+        path.write_text(COUNTER.replace("FORGET", str(forget)))
+        return path
+    return write
+
+
+def test_alone_sees_no_repository_and_no_network(smoke, counter):
+    script = counter(False)
+    run = smoke(script)
+    seen = {key.split("/")[1]: value for key, value in run.result["metrics"].items()}
+    assert seen["loopback"] and not seen["network"] and not seen["interpreted"] and not seen["repository"]
+    assert seen["files"] == 1 and run.out == run.cwd / "out" and smoke(script) is run
+
+
+def test_kill_and_resume_accepts_an_exact_resume(kill_and_resume, counter, capsys):
+    run = kill_and_resume(counter(False))
+    assert run.args[-1] == "--resume" and "SIGKILL" in capsys.readouterr().out
+
+
+def test_kill_and_resume_notices_a_lost_sum(kill_and_resume, counter):
+    with pytest.raises(AssertionError, match="total|safetensors"):
+        kill_and_resume(counter(True))
+
+
+@pytest.mark.parametrize("text, status, leaves, fine", [
+    ("error: --lr: give a positive number", 2, False, True), ("error: --lr", 1, False, False),
+    ("error: --lr\nusage", 2, False, False), ("--lr is wrong", 2, False, False),
+    ("error: --steps", 2, False, False), ("error: --lr", 2, True, False)])
+def test_rejects(rejects, text, status, leaves, fine):
+    def main(argv):
+        if leaves:
+            Path("half.json").write_text("{")
+        print(text, file=sys.stderr)
+        raise SystemExit(status)
+
+    if fine:
+        rejects(main, ["--lr", -1], "--lr")
+    else:
+        with pytest.raises(AssertionError):
+            rejects(main, ["--lr", -1], "--lr")
+
+
+@pytest.mark.slow
+def test_options_and_time_limit_of_a_session(tmp_path, monkeypatch):
+    (tmp_path / "tests" / "deep").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path / "tests")
+    (tmp_path / "tests" / "deep" / "test_x.py").write_text(
+        "import pytest, time\n@pytest.mark.real\ndef test_real(): time.sleep(1)\n"
+        "def test_plain(): time.sleep(0.1)\n")
+
+    def session(factor, *argv):
+        monkeypatch.setenv("TEST_TIME_FACTOR", factor)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *argv]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return run.returncode, run.stdout
+
+    status, text = session("0.01", "tests/deep/test_x.py", "--real")  # limit 0.45 s, opt-in not counted
+    assert status == 0 and "2 passed" in text
+    status, text = session("0.001")
+    assert status == 1 and "1 passed, 1 skipped" in text and "TOO SLOW tests/deep/test_x.py: 0.1 s" in text
+
+
+# ---------------------------------------------------------------- blocks.py
+def block(name, body):
+    return f"x = 1\n# --- block: {name} ---\n{body}# --- end block ---\n"
+
+
+def test_blocks_copy_makes_them_identical(tmp_path):
+    (tmp_path / "a.py").write_text(block("cli", "a = r'\\1'\n") + block("log", "b = 1\n"))
+    (tmp_path / "b.py").write_text(block("cli", "a = 2\n") + "y = 2\n" + block("log", "b = 1\n"))
+    (tmp_path / "c.py").write_text("z = 3\n")
+    assert blocks.problems(tmp_path) == ["b.py: block cli differs from the one in a.py"]
+    assert blocks.copy(tmp_path / "a.py", "cli", tmp_path) == ["b.py"]
+    expected = block("cli", "a = r'\\1'\n") + "y = 2\n" + block("log", "b = 1\n")
+    assert (tmp_path / "b.py").read_text() == expected and blocks.problems(tmp_path) == []
+
+
+@pytest.mark.parametrize("text, words", [
+    (block("cli", "a = 1\n" * 21), "has 21 lines, its limit is 20"),
+    (block("own", "a = 1\n"), "its limit is 0"),
+    ("# --- block: cli ---\na = 1\n", "pair up"), ("# --- end block ---\n", "pair up"),
+    (block("cli", "a = 1\n") + block("cli", "a = 2\n"), "differs")])
+def test_blocks_problems(tmp_path, text, words):
+    (tmp_path / "a.py").write_text(text)
+    assert len(blocks.problems(tmp_path)) == 1 and words in blocks.problems(tmp_path)[0]
+
+
+# ---------------------------------------------------------------- readme.py
+SCRIPT = '''
+Config, SCALES = None, {}
+def verdict(statistic, ci, threshold):
+    return "HOLDS" if ci[0] > threshold else "INCONCLUSIVE"
+def method_hash():
+    return "h1"
+def cli(cls, scales, argv):
+    if "--bad" in argv:
+        raise SystemExit(2)
+'''
+REGION = "Text\n<!-- results: toy-t-small-main columns: nll, acc x -->\nformer\n<!-- end results -->\nEnd\n"
+
+
+@pytest.fixture
+def repository(tmp_path):
+    (tmp_path / "toy.py").write_text(SCRIPT)
+    (tmp_path / "README.md").write_text(REGION)
+    (tmp_path / "results").mkdir()
+    for seed in range(3):
+        record = {"script": "toy", "task": "t", "scale": "small", "tag": "main", "seed": seed,
+                  "method_hash": "h1", "argv": ["--seed", str(seed)], "commit": "0123456789abcdef",
+                  "device": "cpu", "threads": 2, "versions": {"torch": "2"}, "minutes": 1.0 + seed,
+                  "metrics": {"a/nll": 1.0 + seed, "a/acc x": 0.5, "b/top": float("nan"), "b/nll": 0.1},
+                  "claims": [{"id": "c1", "statistic": 1.0 + seed, "ci": [0.0, 9.0], "threshold": -1.0}]}
+        (tmp_path / "results" / f"toy-t-small-main-s{seed}.json").write_text(json.dumps(record))
+    return tmp_path
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_readme_region_over_three_seeds(repository):
+    """Mean 2, deviation 1, t(2) = 4.303: the interval is 2 +- 4.303 / sqrt(3) = [-0.4844, 4.484]."""
+    assert readme.main([], repository) == 1 and readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "| arm | nll | acc x |\n| --- | --- | --- |\n| a | 2.0 ± 1.0 | 0.5 |\n| b | 0.1 |  |\n" in text
+    assert "former" not in text
+    assert "- c1: 2, 95 % interval over seeds [-0.4843, 4.484], threshold -1: HOLDS\n" in text
+    assert ("`python toy.py --seed S`: n = 3 (seed 0, 1, 2), 2.0 min each, cpu, 2 threads, torch 2, "
+            "commit 0123456789\n") in text
+    assert text.startswith("Text\n") and text.endswith("<!-- end results -->\nEnd\n")
+    assert readme.main([], repository) == 0
+
+
+def test_readme_says_stale_and_takes_the_interval_of_a_single_run(repository):
+    for seed in (1, 2):
+        (repository / "results" / f"toy-t-small-main-s{seed}.json").unlink()
+    edit(repository / "results" / "toy-t-small-main-s0.json", method_hash="h0")
+    assert readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "**STALE**" in text and "interval of the run [0, 9]" in text and "| a | 1 | 0.5 |" in text
+
+
+@pytest.mark.parametrize("readme_text, words", [
+    (REGION + "`python toy.py --bad`\n", "--bad"), (REGION + "`python gone.py`\n", "gone.py"),
+    (REGION.replace("nll", "speed"), "no measure named speed"), ("nothing", "no region of README uses it"),
+    (REGION.replace("main", "other"), "there is no results/toy-t-small-other"),
+    (REGION.replace("<!-- end results -->", ""), "not well formed")])
+def test_readme_mistakes(repository, capsys, readme_text, words):
+    (repository / "README.md").write_text(readme_text)
+    assert readme.main(["--write"], repository) == 1 and words in capsys.readouterr().out
+
+
+def test_readme_refuses_a_misnamed_record_and_two_thresholds(repository, capsys):
+    edit(repository / "results" / "toy-t-small-main-s1.json", seed=7)
+    edit(repository / "results" / "toy-t-small-main-s2.json", claims=[])
+    assert readme.main(["--write"], repository) == 1
+    out = capsys.readouterr().out
+    assert "toy-t-small-main-s1.json: the name is not" in out and "claim c1 is missing" in out
+
+
+def test_interval_uses_the_t_quantile_beyond_the_table():
+    """t(0.975, 11) = 2.200985 and t(0.975, 29) = 2.045230 in printed tables."""
+    for n, t in ((12, 2.200985), (30, 2.045230)):
+        values = [0.0, 1.0] * (n // 2)
+        expected = t * (n / (4 * (n - 1))) ** 0.5 / n**0.5
+        assert readme.half_width(values) == pytest.approx(expected, rel=2e-3)
+
+
+# ---------------------------------------------------------------- mutate.py
+TINY = '''"""Not mutated: 1 - 2."""
+# ---------------------------------------------------------------- 4. Method
+def f(x, y=1, *, z: int = 2):
+    """Docstring 3."""
+    assert y == 1, f"message {y - 1}"
+    é = x.sum(dim=-1) - max(x.detach(), y)
+    return torch.where((x < y) & z, é, True)
+# ---------------------------------------------------------------- 5. Evaluation and claims
+g = 1 - 2
+'''
+
+
+def test_mutants_are_the_listed_mistakes_and_nothing_else():
+    original = TINY.splitlines()
+    found = set()
+    for line, text in mutate.mutants(TINY):
+        changed = [new.strip() for old, new in zip(original, text.splitlines(), strict=True) if old != new]
+        assert len(changed) == 1 and changed[0] == text.splitlines()[line - 1].strip()
+        found.add(changed[0])
+        compile(text, "mutant", "exec")
+    assert found == {
+        'assert (y != 1), f"message {y - 1}"', 'assert y == (2), f"message {y - 1}"',
+        "é = (x.sum(dim=-1) + max(x.detach(), y))", "é = x.sum(dim=(0)) - max(x.detach(), y)",
+        "é = x.sum(dim=-1) - (min)(x.detach(), y)", "é = x.sum(dim=-1) - max((x), y)",
+        "return (torch.where((x < y) & z, True, é))", "return torch.where((x < y), é, True)",
+        "return torch.where(((x >= y)) & z, é, True)", "return torch.where((x < y) & z, é, (False))"}
+
+
+@pytest.mark.slow
+def test_mutate_reports_what_no_test_pins(tmp_path, monkeypatch, capsys):
+    head, _, tail = TINY.partition(TINY[TINY.index("def f"):TINY.rindex("# --")])
+    code = f"{head}def f(x):\n    unused = x - 1\n    return x + x\n{tail}"
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tiny.py").write_text(code)
+    (tmp_path / "tests" / "test_tiny.py").write_text(
+        "import sys\nsys.path.insert(0, '.')\nimport tiny\ndef test_f():\n    assert tiny.f(3) == 6\n")
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    mutate.main(["tiny.py"])
+    out = capsys.readouterr().out
+    assert "1 of 3 killed (3 possible); survivors:" in out and "+ unused = (x + 1)" in out
+    assert (tmp_path / "tiny.py").read_text() == code
+    (tmp_path / "tests" / "test_tiny.py").write_text("def test_f():\n    assert False\n")
+    with pytest.raises(SystemExit, match="before any mutation"):
+        mutate.main(["tiny.py"])
