@@ -59,6 +59,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -79,7 +80,7 @@ from tqdm import tqdm
 class Config:
     task: str = "sudoku"  # sudoku|path: the problems to learn (paper Sec. 4)
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
-    arms: str = "mdm,ar"  # comma list of mdm, ar, ar_rev, teacherless: the models to train and compare
+    arms: str = "mdm,ar"  # comma list out of mdm, ar and, for path, ar_rev, teacherless: trained and compared
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # training problems, initial weights, order and masks; held-out problems never change
     # data
@@ -114,7 +115,7 @@ class Config:
     commit: str = "freeze"  # freeze|revise: revealed tokens stay, or every call may change them (official)
     threshold: float = 0.0  # also reveal every position whose probability exceeds this; 0 = off
     # training
-    steps: int = 3000  # optimizer steps of each arm
+    steps: int = 3400  # optimizer steps of each arm
     batch_size: int = 32  # problems in one optimizer step, over all devices (paper: 1024)
     micro_batch: int = 0  # problems per forward pass; 0 = no split; changes memory only
     lr: float = 3e-3  # peak learning rate, cosine to 0 (paper: 1e-3 for tiny, 3e-4 for base)
@@ -171,16 +172,18 @@ SIZES = dict(  # the three GPT-2 shapes of the paper, and one for a laptop
 TINY_RUN = dict(n_train=64, n_val=4, n_test=6, steps=6, batch_size=8, n_layer=1, n_head=2, n_embd=32)
 PUBLISHED = dict(format="chars", canvas="source", positions="learned", shift=True, augment=False, size="tiny")
 PUBLISHED |= dict(batch_size=1024, lr=1e-3, warmup_steps=0, beta2=0.999, dropout=0.1, compile=True)
+PUBLISHED |= dict(levels="easy", test_levels="easy", n_train=100_000, n_test=1000)
+PATH = dict(arms="mdm,ar,ar_rev,teacherless", n_train=50_000, n_test=200, n_layer=3, batch_size=128)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(**TINY_RUN, eval_every=3, save_every=2, log_every=2),
     "small": {},
-    "small:path": dict(n_train=50_000, n_test=200, n_layer=3, batch_size=128, eval_every=50, steps=800),
+    "small:path": dict(**PATH, steps=2000, eval_every=100),
     "long": dict(n_train=20_000, n_val=50, n_test=300, steps=12_000, eval_every=2000, test_levels="easy,medium,hard"),
-    "long:path": dict(n_train=50_000, n_test=200, n_layer=3, batch_size=128, eval_every=100, steps=5000),
-    "paper": dict(**PUBLISHED, levels="easy", test_levels="easy", n_train=100_000, n_test=1000, steps=29_300, eval_every=1000),
+    "long:path": dict(**PATH, steps=10_000, eval_every=250),
+    "paper": dict(**PUBLISHED, steps=29_300, eval_every=1000),
     "paper:path": dict(n_train=50_000, n_test=167, steps=4900, eval_every=200),
 }
-TRIED = dict(mdm=0, ar=0, ar_rev=0, teacherless=0)  # configurations looked at on validation boards, per arm
+TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
 
 
 # ---------------------------------------------------------------- 2. Data (paper Sec. 4, official generators)
@@ -294,7 +297,8 @@ def sudoku_problems(n, level, rng):
     problems = []
     while len(problems) < n:
         solved = np.array([full_grid(rng) for _ in range(min(n - len(problems) + 9, 1000))], np.int8)
-        digs = np.stack([dig(solved, is_hidden_single, rng) for _ in range(10 if level == "easy" else 1)])  # (10, B, 81)
+        times = 10 if level == "easy" else 1
+        digs = np.stack([dig(solved, is_hidden_single, rng) for _ in range(times)])  # (times, B, 81)
         quiz = digs[(digs > 0).sum(2).argmin(0), np.arange(len(solved))]
         if level != "easy":
             quiz = dig(quiz, dict(medium=until_naked_singles_stall, hard=has_one_solution)[level], rng)
@@ -587,7 +591,7 @@ def remaining(n, step, steps):
 
 
 def choose(score, eligible, remain):
-    """Of the eligible positions (B, L), the `remain` (B,) with the lowest score (B, L) stay masked. Alg. "easy-first"."""
+    """Easy-first: of the eligible positions (B, L) the `remain` (B,) with the lowest score (B, L) stay masked."""
     rank = score.masked_fill(~eligible, math.inf).argsort(dim=1, stable=True).argsort(1)  # (B, L)
     return eligible & (rank < remain[:, None])
 
@@ -619,7 +623,7 @@ def decode(model, ids, target, steps=20, order="confidence", commit="freeze", th
 
     ids (B, L, F), target (B, L); returns the answers (B, L, F) and the call that last changed each position (B, L).
     A call scores the positions, chooses which stay masked and commits the others. "freeze" keeps what is committed;
-    "revise" (official code) lets every call change any position of the answer, or mask it again. (Alg. easy-first)"""
+    "revise" (official code) lets every call change any position of the answer, or mask it again. (official code)"""
     x, masked, n = ids.clone(), target.clone(), target.sum(1)
     first, call = x[..., 0], torch.zeros_like(target, dtype=torch.long)  # first is a view: writing it writes x
     first.masked_fill_(target, MASK)
@@ -1101,11 +1105,12 @@ def dry_run(cfg):
 def ledger(cfg, run, problems):
     """Say before training what it takes: measured steps, throughput against a matmul's, the first loss."""
     x, total = torch.randn(1024, 1024, device=run.device, dtype=run.dtype), 0.0
-    peak = 2 * 1024**3 / min(timed(lambda: (x @ x).sum().item()) for _ in range(5))
+    peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
     for arm in cfg.arms.split(","):
         data, model, _ = prepare(cfg, run, arm, problems[: cfg.batch_size])
-        batch, loss, micro = make_batch(cfg, run, arm, data, 0), make_loss(cfg, run, arm), cfg.micro_batch or cfg.batch_size
-        seconds = min(timed(lambda: accumulate(model, batch, micro, loss)) for _ in range(3))
+        batch, loss = make_batch(cfg, run, arm, data, 0), make_loss(cfg, run, arm)
+        micro = cfg.micro_batch or cfg.batch_size
+        seconds = min(timeit.repeat(lambda: accumulate(model, batch, micro, loss).item(), number=1, repeat=3))
         with torch.no_grad():
             nll = F.cross_entropy(model(batch["noisy"], batch["asked"]).float(), batch["answer"][batch["asked"]])
         (n, L, flops), rate, total = cost(cfg, arm), cfg.batch_size / seconds, total + seconds * cfg.steps / 60
@@ -1113,12 +1118,6 @@ def ledger(cfg, run, problems):
               f"{rate * L:,.0f} tokens/s, {100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
               f"first nll {nll:.2f}, uniform {math.log(VOCAB):.2f}")
     print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
-
-
-def timed(function):
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def plot_curves(path, done):

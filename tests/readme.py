@@ -40,14 +40,15 @@ def half_width(values):
     return t * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def cell(values):
-    """Mean ± sample standard deviation, to two digits of the latter; four digits of a single value."""
+def cell(values, n):
+    """Mean ± sample standard deviation, to two digits of the latter; says so where fewer than n seeds have a value."""
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) if len(values) > 1 and math.isfinite(mean) else 0.0
+    few = f" ({len(values)} of {n} seeds)" if len(values) < n else ""
     if spread == 0:
-        return f"{mean:.4g}"
+        return f"{mean:.4g}{few}"
     digits = max(0, 1 - math.floor(math.log10(spread)))
-    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}{few}"
 
 
 def table(records, columns):
@@ -61,7 +62,8 @@ def table(records, columns):
         raise ValueError(f"no measure named {', '.join(sorted(missing))}")
     rows = [["arm", *columns], ["---"] * (len(columns) + 1)]
     for arm in dict.fromkeys(arm for arm, what in values if what in columns):
-        rows.append([arm, *(cell(values[arm, what]) if (arm, what) in values else "" for what in columns)])
+        row = (values.get((arm, what)) for what in columns)
+        rows.append([arm, *(cell(v, len(records)) if v else "" for v in row)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
