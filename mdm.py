@@ -69,6 +69,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -225,6 +226,8 @@ def solutions(board, digits=range(1, 10)):
         blanks.insert(at, cell)
 
     for cell in set(range(81)) - set(blanks):
+        if any(used[unit] >> board[cell] & 1 for unit in units[cell]):
+            return iter(())  # two givens contradict each other
         toggle(cell)
     return search()
 
@@ -361,24 +364,27 @@ def read_problems(name, task, need_target=True):
     return problems or fail(f"{name}: holds no problem")
 
 
-def load_problems(cfg):
-    """Training problems (list), validation and test problems (class to list): levels, or planning distances."""
+def load_problems(cfg, files):
+    """Training problems (list), validation and test problems (class to list): levels, or planning distances.
+
+    files: what was read for --data and --test-data."""
     make = dict(sudoku=sudoku_problems, path=path_problems)[cfg.task]
     levels, test_levels = cfg.levels.split(","), cfg.test_levels.split(",")
     if cfg.task == "path":
         levels = test_levels = [f"pd{k}" for k in range(6)]
     rngs = [np.random.default_rng(key) for key in ([0, cfg.seed], [1], [2])]  # held-out problems never change
     val, test = ({x: make(n, x, rng) for x in test_levels} for n, rng in zip((cfg.n_val, cfg.n_test), rngs[1:]))
-    if cfg.data:
-        train = read_problems(cfg.data, cfg.task)[: cfg.n_train]
+    if "data" in files:
+        train = files["data"][: cfg.n_train]
     else:
         train = [p for x in levels for p in make(math.ceil(cfg.n_train / len(levels)), x, rngs[0])]
-    if cfg.test_data:
+    if "test_data" in files:
         test = {}
-        for problem in read_problems(cfg.test_data, cfg.task):
+        for problem in files["test_data"]:
             test.setdefault(planning_distance(*problem) if cfg.task == "path" else "file", []).append(problem)
     held_out = {source for group in [*val.values(), *test.values()] for source, _ in group}
-    return [problem for problem in train if problem[0] not in held_out], val, test
+    train = [problem for problem in train if problem[0] not in held_out]
+    return train or fail(f"--data {cfg.data}: every problem in it is a test problem too"), val, test
 
 
 def reverse_path(text):
@@ -591,8 +597,11 @@ def remaining(n, step, steps):
 
 
 def choose(score, eligible, remain):
-    """Easy-first: of the eligible positions (B, L) the `remain` (B,) with the lowest score (B, L) stay masked."""
-    rank = score.masked_fill(~eligible, math.inf).argsort(dim=1, stable=True).argsort(1)  # (B, L)
+    """Easy-first: of the eligible positions (B, L) the `remain` (B,) with the lowest score (B, L) stay masked.
+
+    Among equal scores the leftmost is revealed first, hence the sort from right to left."""
+    score = score.masked_fill(~eligible, math.inf).flip(1)
+    rank = score.argsort(dim=1, stable=True).argsort(1).flip(1)  # (B, L)
     return eligible & (rank < remain[:, None])
 
 
@@ -680,13 +689,16 @@ def grade(task, source, target, text):
     return text in (target, reverse_path(target)), strict
 
 
-UNKNOWN = dict(sudoku="1" * 81, path="0,0/0,0/0,0/0,0/0,0")  # stands where a target is missing; always masked
+def stand_in(task, source):
+    """A target that holds only what the question shows of it; the rest is masked before a network sees it."""
+    start, goal = source.rpartition("-")[2].split(",") if task == "path" else (0, 0)
+    return source.replace("0", "1") if task == "sudoku" else f"{start},0/0,0/0,0/0,0/0,{goal}"
 
 
 def answer(model, arm, problems, cfg, chunk=250, **decoding):
     """Answers of an arm (N strings) and, for mdm, the call that fixed each position of the canvas (N, L)."""
-    known = [(source, target or UNKNOWN[cfg.task]) for source, target in problems]
-    ids, target = (x.to(model.places.device) for x in encode(known, cfg, arm))
+    questions = [(source, stand_in(cfg.task, source)) for source, _ in problems]
+    ids, target = (x.to(model.places.device) for x in encode(questions, cfg, arm))
     begin = target.int().argmax(1)  # (N,) the first position to generate
     calls = torch.zeros_like(ids[..., 0])
     if arm.startswith("ar"):
@@ -915,8 +927,9 @@ def start_run(cfg, script):
     if before != settings:
         changed = [k for k in settings if before.get(k) != settings[k]]
         fail(f"--resume needs the flags of the interrupted run, different are: {', '.join(changed)}")
-    out.mkdir(parents=True, exist_ok=True)
-    replace_file(saved, json.dumps(settings, indent=1).encode())
+    if not rank:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(saved, json.dumps(settings, indent=1).encode())
     device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
     run = SimpleNamespace(device=device, dtype=getattr(torch, dtype), rank=rank, world=world, out=out, stop=False)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -1109,8 +1122,9 @@ def ledger(cfg, run, problems):
     for arm in cfg.arms.split(","):
         data, model, _ = prepare(cfg, run, arm, problems[: cfg.batch_size])
         batch, loss = make_batch(cfg, run, arm, data, 0), make_loss(cfg, run, arm)
-        micro = cfg.micro_batch or cfg.batch_size
-        seconds = min(timeit.repeat(lambda: accumulate(model, batch, micro, loss).item(), number=1, repeat=3))
+        part = {name: x[: cfg.micro_batch or None] for name, x in batch.items()}
+        seconds = min(timeit.repeat(lambda: loss(model, part)[0].backward(), number=1, repeat=3))
+        seconds *= len(batch["answer"]) / len(part["answer"])
         with torch.no_grad():
             nll = F.cross_entropy(model(batch["noisy"], batch["asked"]).float(), batch["answer"][batch["asked"]])
         (n, L, flops), rate, total = cost(cfg, arm), cfg.batch_size / seconds, total + seconds * cfg.steps / 60
@@ -1140,7 +1154,8 @@ def draw_trace(path, problem, model, cfg):
     options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
     (text,), calls = answer(model.eval(), "mdm", [problem], cfg, **options)
     board, question = cfg.task == "sudoku", len(to_symbols(*problem, cfg)[0])
-    labels = list(text) if board or cfg.format == "chars" else re.findall(r"\d+", text)[::2] + [text.split(",")[-1]]
+    labels = re.findall(r"\d+", text)[::2] + [text.split(",")[-1]] if cfg.format == "tokens" else list(text)
+    labels = list(text.ljust(81, "?")[:81]) if board else labels
     begin = question + 1 if cfg.canvas == "source" else 0 if board else question
     calls, width = calls[0, begin : begin + len(labels)].tolist(), 9 if board else len(labels)
     figure = Figure(figsize=(9, 4.6) if board else (9, 1.8), layout="constrained")
@@ -1150,7 +1165,7 @@ def draw_trace(path, problem, model, cfg):
             axes.text(i % width, i // width, label.replace("0", "") if board else label, ha="center", fontsize=13)
             axes.text(i % width + 0.3, i // width + 0.4, calls[i] if shown is labels else "", ha="center", fontsize=6)
         axes.set(xticks=[2.5, 5.5] if board else [], yticks=[2.5, 5.5] if board else [])
-        axes.grid(board, color="black")
+        axes.grid(**dict(color="black") if board else dict(visible=False))
     figure.suptitle("" if board else problem[0])
     figure.savefig(path, dpi=110)
 
@@ -1168,7 +1183,7 @@ def solve(cfg):
             setattr(cfg, name, saved[name])
         model = build(cfg, arm).to(device).eval()
         model.load_state_dict(load_file(folder / f"{arm}.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"--load {folder}: not a finished run with the arm {arm}: {str(error).splitlines()[0]}")
     problems, began = read_problems(cfg.solve, cfg.task, need_target=False), time.perf_counter()
     options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
@@ -1200,8 +1215,10 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.solve:
         return solve(cfg)
+    names = {flag: getattr(cfg, flag) for flag in ("data", "test_data") if getattr(cfg, flag)}
+    files = {flag: read_problems(name, cfg.task) for flag, name in names.items()}  # before anything is written
     run, began = start_run(cfg, "mdm"), time.perf_counter()
-    train_set, val, test = load_problems(cfg)
+    train_set, val, test = load_problems(cfg, files)
     digest = hashlib.sha256(repr((train_set, test)).encode()).hexdigest()
     if not run.rank:
         print(f"{len(train_set)} training problems; test: {', '.join(f'{len(v)} {k}' for k, v in test.items())}")

@@ -449,6 +449,15 @@ def test_freeze_keeps_and_revise_changes():
     assert any(((a != m.MASK) & (a != b))[target].any() for a, b in itertools.pairwise(revised.seen))
 
 
+def test_the_call_that_changed_a_position_last():
+    """Where a network never changes its mind, revise tells the same calls as freeze (official code)."""
+    ids, target = canvas(8, rows=2)
+    ids.fill_(B)
+    steady = Fake(lambda ids, call: spread(ids, 1))
+    calls = [m.decode(steady, ids, target, 4, commit=commit)[1] for commit in ("freeze", "revise")]
+    assert torch.equal(*calls) and calls[0][0, target[0]].sort().values.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
 def test_revise_may_mask_a_revealed_token_again():
     """Alg. easy-first (official code) Scores of revealed positions count anew."""
 
@@ -837,21 +846,19 @@ def test_augmentation_reaches_every_cell_and_digit():
 
 
 @pytest.mark.parametrize("task", ["sudoku", "path"])
-def test_training_and_test_problems_are_disjoint(task, tmp_path):
+def test_training_and_test_problems_are_disjoint(task):
     small = dict(n_train=24, n_val=2, n_test=4, task=task, levels="easy", test_levels="easy")
-    train, val, test = m.load_problems(config(**small))
+    train, val, test = m.load_problems(config(**small), {})
     held_out = {source for group in [*val.values(), *test.values()] for source, _ in group}
     assert list(test) == (["easy"] if task == "sudoku" else [f"pd{k}" for k in range(6)])
     assert held_out.isdisjoint(source for source, _ in train) and len(train) >= 24
     assert all(len(x) == 4 for x in test.values()) and all(len(x) == 2 for x in val.values())
-    again = m.load_problems(config(**small, seed=1))
+    again = m.load_problems(config(**small, seed=1), {})
     assert again[1:] == (val, test) and again[0] != train
     problems = train[:9] + list(test.values())[0][:2]
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(dict(input=s, output=t)) for s, t in problems))
-    kept, _, _ = m.load_problems(config(**small, data=str(tmp_path / "data.jsonl")))
+    kept, _, _ = m.load_problems(config(**small), dict(data=problems))
     assert kept == train[:9]  # a file's problems that are held out are dropped
-    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(dict(input=s, output=t)) for s, t in train[:7]))
-    kept, _, test = m.load_problems(config(**small, test_data=str(tmp_path / "test.jsonl")))
+    kept, _, test = m.load_problems(config(**small), dict(test_data=train[:7]))
     assert sum(map(len, test.values())) == 7 and {s for s, _ in kept}.isdisjoint(s for s, _ in train[:7])
 
 
@@ -1204,7 +1211,8 @@ def test_training_file_that_is_the_test_file(rejects, tmp_path):
     """Held-out problems are dropped from the training file; where nothing is left, say so."""
     (file := tmp_path / "x.txt").write_text(" ".join(EXAMPLE))
     argv = ["--scale", "smoke", "--task", "path", "--arms", "mdm", "--data", file, "--test-data", file]
-    rejects(lambda a: m.load_problems(m.cli(m.Config, m.SCALES, a)), argv, "x.txt")
+    same = dict(data=[EXAMPLE], test_data=[EXAMPLE])
+    rejects(lambda a: m.load_problems(m.cli(m.Config, m.SCALES, a), same), argv, "x.txt")
 
 
 def test_out_directory_that_holds_a_run(rejects, smoke, tmp_path):
