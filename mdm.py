@@ -116,7 +116,7 @@ class Config:
     commit: str = "freeze"  # freeze|revise: revealed tokens stay, or every call may change them (official)
     threshold: float = 0.0  # also reveal every position whose probability exceeds this; 0 = off
     # training
-    steps: int = 3400  # optimizer steps of each arm
+    steps: int = 2900  # optimizer steps of each arm
     batch_size: int = 32  # problems in one optimizer step, over all devices (paper: 1024)
     micro_batch: int = 0  # problems per forward pass; 0 = no split; changes memory only
     lr: float = 3e-3  # peak learning rate, cosine to 0 (paper: 1e-3 for tiny, 3e-4 for base)
@@ -1154,8 +1154,9 @@ def draw_trace(path, problem, model, cfg):
     options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
     (text,), calls = answer(model.eval(), "mdm", [problem], cfg, **options)
     board, question = cfg.task == "sudoku", len(to_symbols(*problem, cfg)[0])
-    labels = re.findall(r"\d+", text)[::2] + [text.split(",")[-1]] if cfg.format == "tokens" else list(text)
-    labels = list(text.ljust(81, "?")[:81]) if board else labels
+    labels = list(text.ljust(81, "?")[:81] if board else text)
+    if not board and cfg.format == "tokens":
+        labels = re.findall(r"\d+", text)[::2] + re.findall(r"\d+$", text)  # the six nodes
     begin = question + 1 if cfg.canvas == "source" else 0 if board else question
     calls, width = calls[0, begin : begin + len(labels)].tolist(), 9 if board else len(labels)
     figure = Figure(figsize=(9, 4.6) if board else (9, 1.8), layout="constrained")
@@ -1165,7 +1166,7 @@ def draw_trace(path, problem, model, cfg):
             axes.text(i % width, i // width, label.replace("0", "") if board else label, ha="center", fontsize=13)
             axes.text(i % width + 0.3, i // width + 0.4, calls[i] if shown is labels else "", ha="center", fontsize=6)
         axes.set(xticks=[2.5, 5.5] if board else [], yticks=[2.5, 5.5] if board else [])
-        axes.grid(**dict(color="black") if board else dict(visible=False))
+        axes.grid(visible=board)
     figure.suptitle("" if board else problem[0])
     figure.savefig(path, dpi=110)
 
