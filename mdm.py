@@ -24,22 +24,25 @@ Symbols
   w(t)    sequence_weight   (B,)       T - t: more weight where little is masked
   v(u)    token_weight      (R,)       alpha (1 - exp(-u))^beta: more weight on hard tokens
 
-Differences from the paper (every one is a flag; --scale paper sets them all back)
+Differences from the paper (--scale paper sets those with a flag back)
   canvas      sudoku is filled in place, a path beside its edges; the paper writes source [SEP] target.
-  positions   row + column + box (sudoku), kind of place (path), for all arms alike; the paper learns a table of 512.
+  positions   row + column + box (sudoku), kind of place (path); the paper learns a table of 512. A causal arm is told
+              the place of the next position too.
   symbols     path: an edge is one position; the paper writes characters.
-  model       nano: 2 or 3 blocks of width 96, ReLU, wider initial weights, no dropout, no logit shift.
-  training    AdamW beta2 0.99, warm-up, batches of 32 or 128, augmented boards; the paper: 1024, 300 epochs.
+  model       nano: 2 or 3 blocks of width 96, ReLU, wider initial weights (final norm narrower), no dropout or shift.
+  training    AdamW beta2 0.99, warm-up, batches of 32 or 128, augmented boards; the paper: 1024, 300 epochs; bf16 on
+              cuda for fp16, decoding in fp32.
   commit      a revealed token stays; the official code revises every position at every call (--commit revise).
-  random      an order with exact counts; the official code reveals each position with probability 1/(t+1).
-  decoding    [SEP], [MASK], [UNK] are never chosen; equal scores go left to right; no Gumbel noise on the scores.
-  equal work  ar takes as many steps as mdm on the same examples; the paper trains ar for fewer epochs.
+  decoding    every call reveals at least one position; [SEP], [MASK], [UNK] are never chosen; equal scores go left to
+              right; no Gumbel noise; --order random reveals exact counts, not each position with probability 1/(t+1).
+  equal work  every arm takes as many steps on the same examples; the paper's ar has 100 epochs against 300 for mdm on
+              sudoku, 200 against 100 on path.
   left out    countdown, game of 24, 3-SAT; LLaMA, VDM, D3PM and RDM as separate baselines (the last two are the
               settings --sequence-weight original --no-token-reweighting, and linear without token reweighting).
   unknown     whether the paper's sudoku AR has the size of its MDM; which decoding its tables use.
 The paper's text was not at hand where a tag says "official code": the formula is read from HKUNLP/diffusion-vs-ar.
 
-Copy out: q_sample, token_weight, focal_loss, choose, decode, solutions
+Copy out: q_sample, token_weight, focal_loss, position_scores, choose, decode (it uses the two before it and remaining)
 """
 
 import argparse
@@ -55,6 +58,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -79,11 +83,11 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "sudoku"  # sudoku|path: the problems to learn (paper Sec. 4)
+    task: str = "sudoku"  # sudoku|path: the problems to learn
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "mdm,ar"  # comma list out of mdm, ar and, for path, ar_rev, teacherless: trained and compared
     tag: str = "main"  # name of this variant in the RESULT record
-    seed: int = 0  # training problems, initial weights, order and masks; held-out problems never change
+    seed: int = 0  # training problems, initial weights, order and masks; not the held-out problems
     # data
     n_train: int = 6000  # training problems (paper: 100k sudoku, 50k path)
     n_val: int = 100  # held-out problems of the learning curve, per class
@@ -118,7 +122,7 @@ class Config:
     # training
     steps: int = 2900  # optimizer steps of each arm
     batch_size: int = 32  # problems in one optimizer step, over all devices (paper: 1024)
-    micro_batch: int = 0  # problems per forward pass; 0 = no split; changes memory only
+    micro_batch: int = 0  # problems per forward pass; 0 = no split; saves memory, same gradient but for dropout
     lr: float = 3e-3  # peak learning rate, cosine to 0 (paper: 1e-3 for tiny, 3e-4 for base)
     warmup_steps: int = 100  # linear warm-up (paper: 0)
     weight_decay: float = 0.0  # AdamW, on matrices only (paper: 0)
@@ -135,7 +139,7 @@ class Config:
     save_every: int = 100  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/mdm/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
-    load: str = ""  # directory of a finished run whose first arm answers --solve
+    load: str = ""  # directory of a finished run; the first of --arms answers --solve
     solve: str = ""  # file of problems to answer ("-" = standard input); needs --load
     trace: bool = False  # draw the order in which the last test problem's answer is revealed (trace.png)
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
@@ -145,9 +149,14 @@ class Config:
             names = getattr(self, flag).split(",")
             if not set(names) <= set(known) or len(set(names)) < len(names):
                 fail(f"--{flag.replace('_', '-')} {','.join(names)}: a comma list of names out of {', '.join(known)}")
-        for name in "n_train n_val n_test T batch_size steps eval_every log_every save_every".split():
-            if getattr(self, name) < 1:
-                fail(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        at_least_1 = "n_train n_val n_test T batch_size steps eval_every log_every save_every".split()
+        at_least_0 = "seed n_layer n_head n_embd micro_batch decode_steps warmup_steps lr alpha beta".split()
+        low = dict.fromkeys(at_least_1, 1) | dict.fromkeys([*at_least_0, "weight_decay", "dropout", "threshold"], 0)
+        high = dict(dropout=0.99, threshold=1)
+        for name in low:
+            if not low[name] <= getattr(self, name) <= high.get(name, math.inf):
+                limits = f"from {low[name]} to {high[name]}" if name in high else f"at least {low[name]}"
+                fail(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {limits}")
         if self.task == "path" and self.format == "chars" and (self.canvas, self.positions) != ("source", "learned"):
             fail("--format chars needs --canvas source --positions learned: characters show no structure")
         if self.shift and self.canvas == "inplace":
@@ -187,7 +196,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
 TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
 
 
-# ---------------------------------------------------------------- 2. Data (paper Sec. 4, official generators)
+# ---------------------------------------------------------------- 2. Data (official generators)
 # A problem is a pair of strings in the authors' format, whether generated, loaded or typed.
 PAD, SEP, MASK, EOS, UNK = range(5)
 CHARS = "0123456789*+-/=,abcdefghij"
@@ -218,10 +227,12 @@ def solutions(board, digits=range(1, 10)):
         free = [1022 & ~(used[r] | used[c] | used[b]) for r, c, b in (units[cell] for cell in blanks)]
         at = min(range(len(blanks)), key=lambda i: free[i].bit_count())
         cell = blanks.pop(at)
-        for board[cell] in (digit for digit in digits if free[at] >> digit & 1):
-            toggle(cell)
-            yield from search()
-            toggle(cell)
+        for digit in digits:
+            if free[at] >> digit & 1:
+                board[cell] = digit
+                toggle(cell)
+                yield from search()
+                toggle(cell)
         board[cell] = 0
         blanks.insert(at, cell)
 
@@ -303,10 +314,14 @@ def sudoku_problems(n, level, rng):
         times = 10 if level == "easy" else 1
         digs = np.stack([dig(solved, is_hidden_single, rng) for _ in range(times)])  # (times, B, 81)
         quiz = digs[(digs > 0).sum(2).argmin(0), np.arange(len(solved))]
-        if level != "easy":
-            quiz = dig(quiz, dict(medium=until_naked_singles_stall, hard=has_one_solution)[level], rng)
-        stuck = ~fill_singles(quiz, hidden=level == "hard").all(1)
-        fits = stuck & ((quiz > 0).sum(1) <= 25) if level == "hard" else stuck == (level == "medium")
+        if level == "easy":
+            fits = fill_singles(quiz, hidden=False).all(1)
+        elif level == "medium":
+            quiz = dig(quiz, until_naked_singles_stall, rng)
+            fits = ~fill_singles(quiz, hidden=False).all(1)
+        else:
+            quiz = dig(quiz, has_one_solution, rng)
+            fits = ~fill_singles(quiz).all(1) & ((quiz > 0).sum(1) <= 25)
         problems += [("".join(map(str, q)), "".join(map(str, s))) for q, s in zip(quiz[fits], solved[fits])]
     return problems[:n]
 
@@ -314,7 +329,7 @@ def sudoku_problems(n, level, rng):
 def path_problems(n, distance, rng):
     """n pairs (shuffled edges and start,goal; edges of the route): two paths of six nodes that cross at one node.
 
-    distance "pd0" to "pd5": steps from the crossing to the goal, the planning distance (paper Sec. 2)."""
+    distance "pd0" to "pd5": steps from the crossing to the goal, the planning distance."""
     order, cross = rng.random((n, 12)).argsort(1), 5 - int(distance[2])
     route, other = order[:, :6], order[:, 6:].copy()
     other[:, cross] = route[:, cross]
@@ -345,7 +360,7 @@ def read_problems(name, task, need_target=True):
     """Problems of a file ("-" = standard input): jsonl (input, output), csv (quizzes,solutions) or "source target"."""
     problems = []
     try:
-        lines = (sys.stdin.read() if name == "-" else Path(name).read_text("utf-8")).splitlines()
+        lines = (sys.stdin.read() if name == "-" else Path(name).read_text("utf-8-sig")).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{name}: cannot be read: {error}")
     for number, line in enumerate(lines, 1):
@@ -360,7 +375,10 @@ def read_problems(name, task, need_target=True):
         for field, text, form in zip(("source", "target"), (source, target), FORMS[task]):
             if not re.fullmatch(form, text, re.ASCII) and (text or field == "source" or need_target):
                 fail(f"{name}:{number}: {field} {text[:50]!r} does not fit --task {task}; expected {FORMS[task][2]}")
-        problems.append((source.replace(".", "0"), target))
+        source = source.replace(".", "0")
+        if task == "sudoku" and target and any(given not in ("0", cell) for given, cell in zip(source, target)):
+            fail(f"{name}:{number}: the solution differs from the quiz in a given cell")
+        problems.append((source, target))
     return problems or fail(f"{name}: holds no problem")
 
 
@@ -416,7 +434,7 @@ def encode(problems, cfg, arm):
     """Canvases with the answers filled in, ids (N, L, F), and which positions are to be generated (N, L).
 
     inplace: the answer, with what the question shows of it in view; a path's edges stand before it.
-    source:  source [SEP] target [EOS] [PAD]... (paper): mdm generates the padding as well, and so the length."""
+    source:  source [SEP] target [EOS] [PAD]... (paper): who writes all at once writes the padding, so the length."""
     ids, target, L = [], [], canvas_length(cfg, arm)
     for source, answer in problems:
         source, answer, shown = to_symbols(source, reverse_path(answer) if arm == "ar_rev" else answer, cfg)
@@ -427,15 +445,19 @@ def encode(problems, cfg, arm):
             source, answer = source + [(SEP, PAD)[: len(source[0])]], answer + [(EOS, PAD)[: len(source[0])]]
             mask = [False] * len(source) + [True] * len(answer)
         pad = L - len(mask)
+        if pad < 0:
+            fail(f"a problem of {len(mask)} symbols exceeds the canvas of {L}: {problems[len(ids)][0][:60]}")
         ids.append(source + answer + [(PAD,) * len(answer[0])] * pad)
-        target.append(mask + [arm == "mdm"] * pad)
+        target.append(mask + [not arm.startswith("ar")] * pad)
     return torch.tensor(ids), torch.tensor(target)
 
 
 def canvas_length(cfg, arm):
     """L; for question [SEP] answer in characters the official cutoff_len."""
     inplace = arm == "mdm" and cfg.canvas == "inplace"
-    return dict(sudoku=81 if inplace else 164, path=17 if inplace else 19 if cfg.format == "tokens" else 75)[cfg.task]
+    if cfg.task == "sudoku":
+        return 81 if inplace else 164
+    return 17 if inplace else 19 if cfg.format == "tokens" else 75
 
 
 def coordinates(cfg, arm):
@@ -546,7 +568,7 @@ def build(cfg, arm):
     return GPT(cfg, *coordinates(cfg, arm), features, causal=arm != "mdm")
 
 
-# ---------------------------------------------------------------- 4. Method (paper Sec. 3) and the baselines
+# ---------------------------------------------------------------- 4. Method (from the official code) and the baselines
 def q_sample(ids, target, t, T, generator=None):
     """Forward process: at noise level t (B,) in 0..T-1 each target position becomes [MASK] with probability (t+1)/T.
 
@@ -721,21 +743,24 @@ def accuracy(model, arm, problems, cfg, **changes):
     random = torch.Generator(model.places.device).manual_seed(0)  # the same random order in every evaluation
     texts, calls = answer(model, arm, problems, cfg, generator=random, kernels=cfg.kernels, **options)
     official, strict = np.array([grade(cfg.task, s, t, text) for (s, t), text in zip(problems, texts)]).T.astype(int)
-    blanks = [a == b for (s, t), text in zip(problems, texts) for given, a, b in zip(s, t, text) if given == "0"]
+    cells = (cell for (s, t), text in zip(problems, texts) for cell in zip(s, t, text.ljust(len(t))))
+    blanks = [label == cell for given, label, cell in cells if given == "0"]
     return official.tolist(), strict.tolist(), float(np.mean(blanks or 0)), calls.amax(1).float().mean().item()
 
 
-# Further rows of the final table: mdm with other numbers of calls and other orders.
-SWEEP = {"1 call": dict(steps=1), "2 calls": dict(steps=2), "5 calls": dict(steps=5), "10 calls": dict(steps=10)}
-SWEEP |= {"one a call": dict(steps=0), "all p > 0.9": dict(steps=0, threshold=0.9), "revise": dict(commit="revise")}
-SWEEP |= {"margin": dict(order="margin"), "random": dict(order="random"), "left to right": dict(order="l2r")}
+# Further rows of the final table: mdm under other orders and numbers of calls (a path has four positions to fill).
+SWEEP = {"margin": dict(order="margin"), "random": dict(order="random"), "left to right": dict(order="l2r")}
+SWEEP |= {"revise": dict(commit="revise"), "1 call": dict(steps=1), "2 calls": dict(steps=2)}
+MORE_CALLS = {"5 calls": dict(steps=5), "10 calls": dict(steps=10), "one a call": dict(steps=0)}
+MORE_CALLS |= {"all p > 0.9": dict(steps=0, threshold=0.9)}
+SWEEP = dict(sudoku=SWEEP | MORE_CALLS, path=SWEEP)
 
 
 def evaluate(model, arm, test, cfg):
     """Rows of the final table: metrics "row/column" and, per row and class, 1 or 0 for each test problem."""
     model.eval()
     metrics, correct = {}, {}
-    for name, changes in ({"": {}} | (SWEEP if arm == "mdm" else {})).items():
+    for name, changes in ({"": {}} | (SWEEP[cfg.task] if arm == "mdm" else {})).items():
         row, began, calls = f"{arm} {name}".strip(), time.perf_counter(), []
         for group, problems in test.items():
             exact, strict, blanks, used = accuracy(model, arm, problems, cfg, **changes)
@@ -751,8 +776,9 @@ def evaluate(model, arm, test, cfg):
 
 
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
-# "a - b" is the gap in exact answers on the same test problems, "a" an accuracy; "examples a / b" compares the
-# training examples until every class of the validation set is 90 % right.
+# "a - b" is the gap in exact answers on the same test problems, "a" an accuracy; their intervals cover the test
+# problems, not the seeds. "examples a / b" compares the training examples after which every class of the validation
+# set is first 90 % right; its interval is the spacing of the learning curve's points, without sampling error.
 CLAIMS = dict(
     sudoku=[
         ("mdm-beats-ar-easy", "mdm/easy - ar/easy", 0.2, "AR within 20 points on the paper's class (paper: 79)"),
@@ -775,9 +801,11 @@ def mean_interval(x):
 
 
 def examples_needed(curve, bar=0.9):
-    """Examples at the last point with a class below the bar and at the next one (all those seen, if there is none)."""
-    below = max((i for i, point in enumerate(curve) if min(point["exact"].values()) < bar), default=0)
-    return curve[below]["examples"], curve[min(below + 1, len(curve) - 1)]["examples"]
+    """Examples seen at the last point before every class first reaches the bar, and at that point (inf: never)."""
+    for before, point in zip([curve[0], *curve], curve):
+        if min(point["exact"].values()) >= bar:
+            return before["examples"], point["examples"]
+    return curve[-1]["examples"], math.inf
 
 
 def statistics(task, done):
@@ -787,8 +815,9 @@ def statistics(task, done):
     for name, formula, *_ in CLAIMS[task]:
         rows = formula.split(" - ")
         if formula == "examples ar / mdm" and {"ar", "mdm"} <= set(done):
-            (ar_below, ar), (mdm_below, mdm) = (examples_needed(done[arm]["curve"]) for arm in ("ar", "mdm"))
-            found[name] = ar / mdm, (ar_below / mdm, ar / max(mdm_below, 1))  # as fine as the curve's points
+            (ar_before, ar), (mdm_before, mdm) = (examples_needed(done[arm]["curve"]) for arm in ("ar", "mdm"))
+            high = min(ar / max(mdm_before, 1), 1e6)  # 1e6: ar never got there, so there is no upper end
+            found[name] = (ar_before if ar == math.inf else ar) / mdm, (ar_before / mdm, high)
         elif set(rows) <= set(correct):
             found[name] = mean_interval(np.array(correct[rows[0]]) - np.array(correct[rows[1]] if rows[1:] else 0))
     return found
@@ -797,13 +826,9 @@ def statistics(task, done):
 # ---------------------------------------------------------------- 6. Training
 def batch_rows(step, size, n, seed):
     """Which of n problems make batch `step`: every epoch is a new permutation, computed from (seed, epoch) alone."""
-    at = torch.arange(step * size, (step + 1) * size)
-    rows = torch.empty_like(at)
-    for epoch in (at // n).unique().tolist():
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-        inside = at // n == epoch
-        rows[inside] = order[at[inside] % n]
-    return rows
+    first, last = step * size // n, (step * size + size - 1) // n  # epochs that the batch touches
+    seeds = (torch.Generator().manual_seed(1_000_003 * seed + epoch) for epoch in range(first, last + 1))
+    return torch.cat([torch.randperm(n, generator=generator) for generator in seeds])[step * size - first * n :][:size]
 
 
 def make_batch(cfg, run, arm, data, step):
@@ -838,6 +863,7 @@ def prepare(cfg, run, arm, problems):
     torch.manual_seed(cfg.seed)
     data = [x.to(run.device) for x in encode(problems, cfg, arm)]
     model = build(cfg, arm).to(run.device)
+    torch.manual_seed(cfg.seed + run.rank)  # dropout differs between ranks
     groups = param_groups(model, cfg.weight_decay)
     return data, model, torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)
 
@@ -857,15 +883,16 @@ def train(cfg, run, arm, problems, val, state):
     net = DistributedDataParallel(model) if run.world > 1 else model
     loss_sum, log, began = make_loss(cfg, run, arm), Log(run, arm, cfg.steps, step), time.perf_counter() - spent
     while True:
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and len(curve) <= -(-step // cfg.eval_every):
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and (not curve or curve[-1]["step"] < step):
             model.eval()
             exact = {name: float(np.mean(accuracy(model, arm, p, cfg)[0])) for name, p in val.items()}
             curve.append(dict(step=step, examples=step * cfg.batch_size, exact=exact))
             log(always=True, **curve[-1])
-        if run.stop or step == cfg.steps or (step % cfg.save_every == 0 and step):
+        stop = should_stop(run)
+        if stop or step == cfg.steps or (step % cfg.save_every == 0 and step):
             parts = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), done=state.get("done", {}))
             save_state(run, arm=arm, step=step, curve=curve, seconds=time.perf_counter() - began, **parts)
-        if run.stop:
+        if stop:
             stopped(run)
         if step == cfg.steps:
             return model, curve
@@ -917,11 +944,15 @@ def start_run(cfg, script):
     rank, world, local = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010"))
     kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if not dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).get(kind, True):
+        fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
-    if (out / "result.json").exists() or ((out / "state.pt").exists() and not cfg.resume):
-        fail(f"{out} holds a run: continue an interrupted one with --resume, else choose another --out or remove it")
+    if (out / "result.json").exists():
+        fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
+    if (out / "state.pt").exists() and not cfg.resume:
+        fail(f"{out} holds an interrupted run: continue it with --resume, or remove it")
     settings, saved = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}, out / "config.json"
     before = json.loads(saved.read_text()) if cfg.resume and saved.exists() else settings
     if before != settings:
@@ -934,6 +965,14 @@ def start_run(cfg, script):
     run = SimpleNamespace(device=device, dtype=getattr(torch, dtype), rank=rank, world=world, out=out, stop=False)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
     return run
+
+
+def should_stop(run):
+    """Was Ctrl-C pressed, on any rank?"""
+    flag = torch.tensor(int(run.stop), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 # --- end block ---
 
 
@@ -1024,6 +1063,7 @@ def save_state(run, **state):
 def load_state(run):
     """What save_state saved, {} if there is nothing; the log is cut to its length at that time."""
     if not (run.out / "state.pt").exists():
+        (run.out / "log.jsonl").unlink(missing_ok=True)
         return {}
     state = torch.load(run.out / "state.pt", map_location="cpu", weights_only=True)
     if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
@@ -1091,7 +1131,7 @@ def load_kernel(name):
 
 def stopped(run):
     """After Ctrl-C: the state is saved; say how to go on."""
-    command = " ".join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
+    command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
     print(f"stopped; {run.out / 'state.pt'} is saved, continue with: {command}")
     raise SystemExit(130)
 
@@ -1216,8 +1256,8 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.solve:
         return solve(cfg)
-    names = {flag: getattr(cfg, flag) for flag in ("data", "test_data") if getattr(cfg, flag)}
-    files = {flag: read_problems(name, cfg.task) for flag, name in names.items()}  # before anything is written
+    names = dict(data=cfg.data, test_data=cfg.test_data)
+    files = {flag: read_problems(name, cfg.task) for flag, name in names.items() if name}  # before anything is written
     run, began = start_run(cfg, "mdm"), time.perf_counter()
     train_set, val, test = load_problems(cfg, files)
     digest = hashlib.sha256(repr((train_set, test)).encode()).hexdigest()
@@ -1234,7 +1274,7 @@ def main(argv=None):
         metrics, correct = evaluate(model, arm, test, cfg)
         if cfg.task == "path":
             reach = {name: examples_needed([p | dict(exact={name: p["exact"][name]}) for p in curve]) for name in val}
-            metrics |= {f"{arm}/examples {name}": at for name, (below, at) in reach.items() if at > below}
+            metrics |= {f"{arm}/examples {name}": at for name, (_, at) in reach.items() if at < math.inf}
         done[arm] = dict(metrics=metrics, correct=correct, curve=curve, seconds=time.perf_counter() - began)
         if run.rank:
             continue

@@ -8,6 +8,7 @@ is marked slow by itself (`-m "not slow"` leaves the quick ones). TEST_TIME_FACT
 import collections
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -54,6 +55,12 @@ class Alone:
         (home / "sitecustomize.py").write_text(BLOCK_NETWORK)
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON_", "XDG_"))}
         self.env |= {"HOME": str(home), "PYTHONPATH": str(home), "PYTHONUSERBASE": site.getuserbase()}
+        self.core = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [])
+
+    def pin(self):
+        """A preexec_fn that gives each process one core, in turn: small runs on shared cores only wait."""
+        core = next(self.core, None)
+        return None if core is None else lambda: os.sched_setaffinity(0, {core})
 
     def __call__(self, script, *argv, cwd=None, timeout=60, codes=(0,), meanwhile=None):
         """`python script argv` in `cwd` (a new empty directory), beside `meanwhile(process)` in a thread.
@@ -65,7 +72,7 @@ class Alone:
         path = shutil.copy((ROOT / script).with_suffix(".py"), cwd)
         command = [sys.executable, Path(path).name, *map(str, argv)]
         process = subprocess.Popen(command, cwd=cwd, env=self.env, text=True, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=self.pin())
         if meanwhile:
             threading.Thread(target=meanwhile, args=(process,), daemon=True).start()
         try:

@@ -957,8 +957,8 @@ def curve(*rows):
 
 def test_examples_needed():
     assert m.examples_needed(curve((0, 0), (0.95, 0.5), (0.95, 0.9), (1, 1))) == (100, 200)
-    assert m.examples_needed(curve((0, 0), (1, 1), (0.8, 1), (1, 1))) == (200, 300)  # it fell back once
-    assert m.examples_needed(curve((0, 0), (0.5, 1))) == (100, 100)  # never: all that were seen
+    assert m.examples_needed(curve((0, 0), (1, 1), (0.8, 1), (1, 1))) == (0, 100)  # the first time counts
+    assert m.examples_needed(curve((0, 0), (0.5, 1))) == (100, math.inf)  # never
     assert m.examples_needed(curve((0, 0), (0.6, 1), (0.7, 0.7)), bar=0.65) == (100, 200)
 
 
@@ -1087,7 +1087,7 @@ def test_smoke(smoke):
         assert wanted | {f"{arm}.safetensors" for arm in arms} == {p.name for p in run.out.iterdir()}
         metrics, cells = result["metrics"], itertools.product(arms, classes, ("", " strict"))
         assert all(0 <= metrics[f"{arm}/{group}{more}"] <= 1 for arm, group, more in cells)
-        assert {key.split("/")[0] for key in metrics} == {*arms, *(f"mdm {name}" for name in m.SWEEP)}
+        assert {key.split("/")[0] for key in metrics} == {*arms, *(f"mdm {name}" for name in m.SWEEP[result["task"]])}
         assert metrics["mdm 1 call/calls"] == 1 and all(np.isfinite(x) for x in metrics.values())
         log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
         assert {line["name"] for line in log} == set(arms) and result["method_hash"] == m.method_hash()
@@ -1109,7 +1109,9 @@ def test_two_ranks_give_the_weights_of_one(alone, smoke):
     command = [sys.executable, "mdm.py", *"--scale smoke --task path --arms mdm --n-val 1 --n-test 1".split()]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
     ranks = [
-        subprocess.Popen(command, cwd=cwd, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), **pipes)
+        subprocess.Popen(
+            command, cwd=cwd, env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), preexec_fn=alone.pin(), **pipes
+        )
         for r in range(2)
     ]
     try:
@@ -1218,8 +1220,8 @@ def test_training_file_that_is_the_test_file(rejects, tmp_path):
 def test_out_directory_that_holds_a_run(rejects, smoke, tmp_path):
     out = smoke("mdm", *ARMS).out
     same = ["--scale", "smoke", *ARMS]
-    rejects(m.main, [*same, "--out", out], "holds a run", "--out")
-    rejects(m.main, [*same, "--out", out, "--resume"], "holds a run")
+    rejects(m.main, [*same, "--out", out], "finished run", "--out")
+    rejects(m.main, [*same, "--out", out, "--resume"], "finished run")
     shutil.copytree(out, tmp_path / "broken", ignore=shutil.ignore_patterns("result.json"))
     rejects(m.main, [*same, "--out", tmp_path / "broken"], "--resume")
     rejects(

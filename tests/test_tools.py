@@ -131,7 +131,7 @@ def test_blocks_copy_makes_them_identical(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    (block("cli", "a = 1\n" * 21), "has 21 lines, its limit is 20"),
+    (block("cli", "a = 1\n" * 23), "has 23 lines, its limit is 22"),
     (block("own", "a = 1\n"), "its limit is 0"),
     ("# --- block: cli ---\na = 1\n", "pair up"), ("# --- end block ---\n", "pair up"),
     (block("cli", "a = 1\n") + block("cli", "a = 2\n"), "differs")])
