@@ -11,8 +11,8 @@ A left-to-right model must write the hard parts of an answer before the easy one
 fill in masked answers at every noise level, and reveals the positions it is surest of first, can leave them for last:
 it solves sudokus and finds paths where an autoregressive model of the same size and data does not.
 
-  python mdm.py                 # sudoku, mdm against ar: MINUTES_SUDOKU
-  python mdm.py --task path     # which of two crossing paths leads to the goal: MINUTES_PATH
+  python mdm.py                 # sudoku, 9 min on 2 cores: 99.8 % of the easy test boards exact, ar 1.0 %
+  python mdm.py --task path     # 9 min: 100 % of the paths at the longest planning distance, ar 46.5 %
   python mdm.py --solve boards.txt --load out/mdm/sudoku-small-s0    # 81 digits a line, 0 for a blank
 
 Symbols
@@ -1183,6 +1183,7 @@ def plot_curves(path, done):
         for group in result["curve"][0]["exact"]:
             axes.plot(*zip(*((p["examples"], p["exact"][group]) for p in result["curve"])), marker=".", label=group)
         axes.set(title=arm, xlabel="training examples", ylabel="exact answers", ylim=(-0.02, 1.02))
+        axes.locator_params(axis="x", nbins=4)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
@@ -1206,6 +1207,7 @@ def draw_trace(path, problem, model, cfg):
             axes.text(i % width, i // width, label.replace("0", "") if board else label, ha="center", fontsize=13)
             axes.text(i % width + 0.3, i // width + 0.4, calls[i] if shown is labels else "", ha="center", fontsize=6)
         axes.set(xticks=[2.5, 5.5] if board else [], yticks=[2.5, 5.5] if board else [])
+        axes.tick_params(length=0, labelbottom=False, labelleft=False)
         axes.grid(visible=board)
     figure.suptitle("" if board else problem[0])
     figure.savefig(path, dpi=110)

@@ -622,6 +622,7 @@ def test_questions_of_one_length_are_answered_together():
         ("sudoku", {}, "ar"),
         ("path", {}, "mdm"),
         ("path", OFFICIAL, "mdm"),
+        ("path", OFFICIAL, "teacherless"),
         ("path", {}, "ar"),
         ("path", {}, "ar_rev"),
         ("path", {}, "teacherless"),
@@ -1093,8 +1094,12 @@ def test_smoke(smoke):
         assert {line["name"] for line in log} == set(arms) and result["method_hash"] == m.method_hash()
 
 
-def test_kill_and_resume(kill_and_resume):
-    kill_and_resume("mdm", *ARMS, seed=4)  # early kills: less is done twice
+def test_kill_and_resume_and_ctrl_c(kill_and_resume, alone):
+    """Both at once, each on a core of its own."""
+    with ThreadPoolExecutor() as pool:
+        ctrl_c = pool.submit(ctrl_c_saves_and_says_how_to_go_on, alone)
+        kill_and_resume("mdm", *ARMS, seed=4)  # early kills: less is done twice
+        ctrl_c.result()
 
 
 def test_two_ranks_give_the_weights_of_one(alone, smoke):
@@ -1133,7 +1138,7 @@ def test_two_ranks_give_the_weights_of_one(alone, smoke):
     assert whole.keys() == ours.keys() and max((whole[k] - ours[k]).abs().max() for k in whole) < 1e-6
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(alone):
+def ctrl_c_saves_and_says_how_to_go_on(alone):
     def interrupt(process):
         while process.poll() is None and not list(cwd.rglob("log.jsonl")):
             time.sleep(0.01)
@@ -1157,6 +1162,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(alone):
         ("--order entropy", ["entropy", "margin"]),
         ("--steps 0", ["--steps", "at least 1"]),
         ("--batch-size 0", ["--batch-size", "at least 1"]),
+        ("--micro-batch -1", ["--micro-batch", "at least 0"]),
+        ("--dropout 1.5", ["--dropout", "from 0 to 0.99"]),
         ("--arms ar_rev", ["--arms", "mdm, ar"]),
         ("--arms mdm,mdm", ["--arms"]),
         ("--levels easy,brutal", ["--levels", "easy, medium, hard"]),
@@ -1176,12 +1183,14 @@ def test_wrong_flags(rejects, argv, words):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_kernels_need_cuda(rejects):
     rejects(m.main, ["--kernels"], "--kernels", "CUDA")
+    rejects(m.main, ["--scale", "smoke", "--device", "cuda"], "--device cuda", "auto")
 
 
 GOOD = "123456789" * 9
 BAD_LINES = dict(
     csv=("sudoku", f"quizzes,solutions\n{GOOD},{GOOD}\n{GOOD[:80]},{GOOD}\n", 3, "source"),
     target=("sudoku", f"{GOOD},{GOOD}\n{GOOD},{GOOD[:80]}0\n", 2, "target"),
+    given=("sudoku", f"{GOOD},2{GOOD[1:]}\n", 1, "given cell"),
     text=("path", f"{' '.join(EXAMPLE)}\n\n{EXAMPLE[0]} 8,2/2,0\n", 3, "target"),
     node=("path", f"{EXAMPLE[0].replace('11', '12')} {EXAMPLE[1]}\n", 1, "source"),
     jsonl=("path", json.dumps(dict(input=EXAMPLE[0], output=EXAMPLE[1])) + '\n{"input": \n', 2, "JSON"),
