@@ -13,6 +13,7 @@ it solves sudokus and finds paths where an autoregressive model of the same size
 
   python mdm.py                 # sudoku, 9 min on 2 cores: 99.8 % of the easy test boards exact (1 seed), ar 1.0 %
   python mdm.py --task path     # 9 min: 97.8 % of the paths at the longest planning distance (3 seeds), ar 51.0 %
+  python mdm.py --task cd3      # 8 min: countdown
   python mdm.py --solve boards.txt --load out/mdm/sudoku-small-s0    # 81 digits a line, 0 for a blank
 
 Symbols
@@ -25,10 +26,11 @@ Symbols
   v(u)    token_weight      (R,)       alpha (1 - exp(-u))^beta: more weight on hard tokens
 
 Differences from the paper (--scale paper sets those with a flag back)
-  canvas      sudoku is filled in place, a path beside its edges; the paper writes source [SEP] target.
-  positions   row + column + box (sudoku), kind of place (path); the paper learns a table of 512. A causal arm is told
+  canvas      sudoku is filled in place, other answers beside the question; the paper writes source [SEP] target.
+  positions   row + column + box (sudoku), kind of place (others); the paper learns a table of 512. A causal arm is told
               the place of the next position too.
-  symbols     path: an edge is one position; the paper writes characters.
+  symbols     an edge, a clause, a number is one position; the paper writes characters. Numbers start on circles, and
+              training problems of countdown whose label needs one above 999 are left out (1 % of cd3, 7 % of cd4).
   model       nano: 2 or 3 blocks of width 96, ReLU, wider initial weights (final norm narrower), no dropout or shift.
   training    AdamW beta2 0.99, warm-up, batches of 32 or 128, augmented boards; the paper: 1024, 300 epochs; bf16 on
               cuda for fp16, decoding in fp32.
@@ -36,10 +38,13 @@ Differences from the paper (--scale paper sets those with a flag back)
   decoding    every call reveals at least one position; [SEP], [MASK], [UNK] are never chosen; equal scores go left to
               right; no Gumbel noise; --order random reveals exact counts, not each position with probability 1/(t+1).
   equal work  every arm takes as many steps on the same examples; the paper's ar has 100 epochs against 300 for mdm on
-              sudoku, 200 against 100 on path.
-  left out    countdown, game of 24, 3-SAT; LLaMA, VDM, D3PM and RDM as separate baselines (the last two are the
-              settings --sequence-weight original --no-token-reweighting, and linear without token reweighting).
-  unknown     whether the paper's sudoku AR has the size of its MDM; which decoding its tables use.
+              sudoku, 200 against 100 on path, 40 against 600 on cd4.
+  grading     an answer is right when the rules say so; "official" is the authors' script: it never checks which numbers
+              a countdown used, and asks for the one stored assignment of 3-SAT.
+  left out    LLaMA, VDM, Stream-of-Search; D3PM and RDM are the settings --sequence-weight original
+              --no-token-reweighting, and linear without token reweighting.
+  unknown     whether the paper's sudoku AR has the size of its MDM; which decoding its tables use; the steps of sat5
+              and sat7, cd3 and cd5 (taken from sat9 and cd4).
 The paper's text was not at hand where a tag says "official code": the formula is read from HKUNLP/diffusion-vs-ar.
 
 Copy out: q_sample, token_weight, focal_loss, position_scores, choose, decode (it uses the two before it and remaining)
@@ -65,7 +70,7 @@ import sys
 import time
 import timeit
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import combinations, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,13 +88,13 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "sudoku"  # sudoku|path: the problems to learn
+    task: str = "sudoku"  # sudoku|path|cd3|cd4|cd5|sat5|sat7|sat9: the problems to learn (cd: countdown)
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "mdm,ar"  # comma list out of mdm, ar and, for path, ar_rev, teacherless: trained and compared
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # training problems, initial weights, order and masks; not the held-out problems
     # data
-    n_train: int = 6000  # training problems (paper: 100k sudoku, 50k path)
+    n_train: int = 6000  # training problems (paper: 100k sudoku, sat9; 50k path, sat5, sat7; 500k cd)
     n_val: int = 100  # held-out problems of the learning curve, per class
     n_test: int = 500  # held-out problems of the final table, per class (paper: 1k in all)
     levels: str = "easy,medium"  # comma list of easy, medium, hard: classes of the sudoku training boards
@@ -98,7 +103,7 @@ class Config:
     test_data: str = ""  # test file in the same formats; "" generates
     augment: bool = True  # sudoku: relabel, permute and transpose every training board at random
     # layout
-    format: str = "tokens"  # tokens|chars: path as one position per edge, or as characters (paper)
+    format: str = "tokens"  # tokens|chars: one position per edge, number or clause, or per character (paper)
     canvas: str = "inplace"  # inplace|source: mdm fills the problem's gaps, or source [SEP] target (paper)
     positions: str = "structured"  # structured|learned: e.g. row + column + box, or a table of 512 (paper)
     # model: GPT-2, causal for the autoregressive arms only
@@ -145,7 +150,8 @@ class Config:
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
-        for flag, known in dict(arms=ARMS[self.task], levels=LEVELS, test_levels=LEVELS).items():
+        arms = ["mdm", "ar"] + ["ar_rev", "teacherless"] * (self.task == "path")
+        for flag, known in dict(arms=arms, levels=LEVELS, test_levels=LEVELS).items():
             names = getattr(self, flag).split(",")
             if not set(names) <= set(known) or len(set(names)) < len(names):
                 fail(f"--{flag.replace('_', '-')} {','.join(names)}: a comma list of names out of {', '.join(known)}")
@@ -157,7 +163,8 @@ class Config:
             if not low[name] <= getattr(self, name) <= high.get(name, math.inf):
                 limits = f"from {low[name]} to {high[name]}" if name in high else f"at least {low[name]}"
                 fail(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {limits}")
-        if self.task == "path" and self.format == "chars" and (self.canvas, self.positions) != ("source", "learned"):
+        plain = (self.canvas, self.positions) == ("source", "learned")
+        if self.task != "sudoku" and self.format == "chars" and not plain:
             fail("--format chars needs --canvas source --positions learned: characters show no structure")
         if self.shift and self.canvas == "inplace":
             fail("--shift needs --canvas source: the first position in place has no left neighbour to be read at")
@@ -172,7 +179,6 @@ class Config:
 
 
 LEVELS = ["easy", "medium", "hard"]
-ARMS = dict(sudoku=["mdm", "ar"], path=["mdm", "ar", "ar_rev", "teacherless"])
 SIZES = dict(  # the three GPT-2 shapes of the paper, and one for a laptop
     nano=dict(n_layer=2, n_head=6, n_embd=96),
     tiny=dict(n_layer=3, n_head=12, n_embd=384),
@@ -184,6 +190,8 @@ PUBLISHED = dict(format="chars", canvas="source", positions="learned", shift=Tru
 PUBLISHED |= dict(batch_size=1024, lr=1e-3, warmup_steps=0, beta2=0.999, dropout=0.1, compile=True)
 PUBLISHED |= dict(levels="easy", test_levels="easy", n_train=100_000, n_test=1000)
 PATH = dict(arms="mdm,ar,ar_rev,teacherless", n_train=50_000, n_test=200, n_layer=3, batch_size=128)
+SAT = dict(n_train=50_000, batch_size=128, eval_every=250)
+COUNTDOWN = dict(n_train=100_000, batch_size=128, n_layer=3)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(**TINY_RUN, eval_every=3, save_every=2, log_every=2),
     "small": {},
@@ -191,8 +199,16 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "long": dict(n_train=20_000, n_val=50, n_test=300, steps=12_000, eval_every=2000, test_levels="easy,medium,hard"),
     "long:path": dict(**PATH, steps=10_000, eval_every=250),
     "paper": dict(**PUBLISHED, steps=29_300, eval_every=1000),
-    "paper:path": dict(n_train=50_000, n_test=167, steps=4900, eval_every=200),
+    "paper:path": dict(arms=PATH["arms"], n_train=50_000, n_test=167, steps=4900, eval_every=200),
 }
+for k in ("cd3", "cd4", "cd5"):
+    SCALES[f"small:{k}"] = dict(**COUNTDOWN, steps=4500)
+    SCALES[f"long:{k}"] = dict(**COUNTDOWN, steps=20_000) | dict(n_train=300_000)
+    SCALES[f"paper:{k}"] = dict(size="base", lr=3e-4, beta=2.0, n_train=500_000, steps=293_000, eval_every=5000)
+for k in ("sat5", "sat7", "sat9"):
+    SCALES[f"small:{k}"] = dict(**SAT, steps=1200 if k == "sat5" else 2000)
+    SCALES[f"long:{k}"] = dict(**SAT, steps=10_000) | dict(n_train=100_000, n_layer=3)
+    SCALES[f"paper:{k}"] = dict(n_train=100_000 if k == "sat9" else 50_000, steps=58_600 if k == "sat9" else 29_300)
 TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
 
 
@@ -349,11 +365,99 @@ def planning_distance(source, target):
     return f"pd{next((len(route) - i for i, node in enumerate(route) if tails.count(node) > 1), 0)}"
 
 
-EDGE = r"(1[01]|[0-9]),(1[01]|[0-9])"
+HELD_OUT = dict(  # targets that no countdown training problem has (the authors' test files)
+    cd3=[22, 24, 25, 30, 32, 50, 65, 67, 96],
+    cd4=[14, 39, 41, 57, 62, 81, 87, 89, 96],
+    cd5=[43, 48, 51, 68, 73, 80, 92, 95, 98],
+)
+
+
+def first_solutions(numbers, target):
+    """Which countdowns, numbers (N, k) and target (N,), have a solution; the first ones (N, k - 1, 4) as a, op, b, c.
+
+    Depth first as in Stream-of-Search, which labelled the authors' data: pairs in order, each with a + b, a * b,
+    larger - smaller, larger / smaller if exact; the result goes behind the other numbers; all are used."""
+    N, k = numbers.shape
+    solved, steps = np.zeros(N, bool), np.zeros((N, k - 1, 4), int)
+    if k == 1:
+        return numbers[:, 0] == target, steps
+    for (i, j), op in product(combinations(range(k), 2), range(4)):
+        live = np.flatnonzero(~solved)
+        a, b = numbers[live, i], numbers[live, j]
+        if op > 1:
+            a, b = np.maximum(a, b), np.minimum(a, b)
+        c = (a + b, a * b, a - b, a // np.maximum(b, 1))[op]
+        fits = (op < 3) | ((b > 0) & (b * c == a))
+        live, equation = live[fits], np.stack([a, np.full_like(a, op), b, c], 1)[fits]
+        others = np.delete(numbers[live], (i, j), 1)
+        found, later = first_solutions(np.column_stack([others, equation[:, 3]]), target[live])
+        solved[live], steps[live[found], 0], steps[live[found], 1:] = found, equation[found], later[found]
+    return solved, steps
+
+
+def countdown_problems(n, kind, rng):
+    """n pairs (numbers and target; equations): numbers 1 to 99, targets 10 to 100, drawn until there is a solution.
+
+    kind: "cd4 old" has none of the held-out targets, "cd4 new" only those, "cd4 game24" is 24 from numbers 1 to 13."""
+    task, kind = kind.split()
+    game, problems = kind == "game24", []
+    targets = [24] if game else [x for x in range(10, 101) if (x in HELD_OUT[task]) == (kind == "new")]
+    target = rng.choice(targets, n)
+    while len(target):
+        numbers = rng.integers(1, 14 if game else 100, (len(target), int(task[2])))
+        solved, steps = first_solutions(numbers, target)
+        for row, goal, lines in zip(numbers[solved].tolist(), target[solved].tolist(), steps[solved].tolist()):
+            equations = ",".join(f"{a}{'+*-/'[op]}{b}={c}" for a, op, b, c in lines)
+            problems.append((",".join(map(str, [*row, goal])), equations))
+        target = target[~solved]
+    return problems
+
+
+CLAUSES = {5: 41, 7: 45, 9: 51}  # 3-SAT: variables to clauses, at the threshold of satisfiability
+LITERALS = {5: ("12345", "67890"), 7: ("1234567", "bcdefgh"), 9: ("123456789", "bcdefghij")}  # true, false
+
+
+def sat_problems(n, kind, rng):
+    """n pairs (clauses; one satisfying assignment) for kind "sat5 ...", "sat7 ..." or "sat9 ...".
+
+    Distinct clauses of three variables, drawn again until the formula can be satisfied; the label is random."""
+    count, problems = int(kind[3]), []
+    m, (true, false) = CLAUSES[count], LITERALS[count]
+    truth = np.array(list(product((False, True), repeat=count)))  # (2^n, n) every assignment
+    table = [(x, sign) for x in combinations(range(count), 3) for sign in product((False, True), repeat=3)]
+    clauses = np.array([",".join((true if s else false)[i] for i, s in zip(*clause)) for clause in table])  # (C,)
+    killed = np.array([(truth[:, x] != sign).all(1) for x, sign in table], np.float32)  # (C, 2^n)
+    while len(problems) < n:
+        chosen = rng.random((4000, len(table))).argpartition(m, 1)[:, :m]  # (4000, m)
+        member = np.zeros((4000, len(table)), np.float32)
+        np.put_along_axis(member, chosen, 1, 1)
+        alive = member @ killed == 0  # (4000, 2^n)
+        rows = np.flatnonzero(alive.any(1))
+        label = truth[(alive[rows] * rng.random((len(rows), len(truth)))).argmax(1)]  # (r, n)
+        for ids, values in zip(rng.permuted(chosen[rows], axis=1), label):
+            assignment = ",".join((true if x else false)[i] for i, x in enumerate(values))
+            problems.append(("/".join(clauses[ids]), assignment))
+    return problems[:n]
+
+
+def family(task):
+    return task.rstrip("3456789")
+
+
+MAKE = dict(sudoku=sudoku_problems, path=path_problems, cd=countdown_problems, sat=sat_problems)
+EDGE, EQUATION = r"(1[01]|[0-9]),(1[01]|[0-9])", r"\d{1,6}[-+*/]\d{1,6}=\d{1,6}"
 FORMS = dict(  # source, target, and both in words
     sudoku=(r"[0-9.]{81}", r"[1-9]{81}", "81 digits, 0 for a blank, and the solution"),
     path=(f"({EDGE}/){{9}}{EDGE}-{EDGE}", f"({EDGE}/){{4}}{EDGE}", "6,2/2,10/...-start,goal and five edges"),
 )
+for k in HELD_OUT:
+    k = int(k[2])
+    words = f"{k} numbers and the target as in 5,3,9,72, and {k - 1} equations as in 5+3=8,8*9=72"
+    FORMS[f"cd{k}"] = rf"(\d{{1,3}},){{{k}}}\d{{1,3}}", f"({EQUATION},){{{k - 2}}}{EQUATION}", words
+for k, m in CLAUSES.items():
+    LITERAL, words = f"[{''.join(LITERALS[k])}]", f"{m} clauses 1,4,5/1,9,0/... and {k} literals"
+    CLAUSE = ",".join([LITERAL] * 3)
+    FORMS[f"sat{k}"] = f"({CLAUSE}/){{{m - 1}}}{CLAUSE}", f"({LITERAL},){{{k - 1}}}{LITERAL}", words
 
 
 def read_problems(name, task, need_target=True):
@@ -383,26 +487,51 @@ def read_problems(name, task, need_target=True):
 
 
 def load_problems(cfg, files):
-    """Training problems (list), validation and test problems (class to list): levels, or planning distances.
+    """Training problems (list), validation and test problems (class to list).
 
-    files: what was read for --data and --test-data."""
-    make = dict(sudoku=sudoku_problems, path=path_problems)[cfg.task]
-    levels, test_levels = cfg.levels.split(","), cfg.test_levels.split(",")
-    if cfg.task == "path":
-        levels = test_levels = [f"pd{k}" for k in range(6)]
+    files: what was read for --data and --test-data. Classes: levels, planning distances, targets of countdown."""
+    train_classes, val_classes, test_classes = [[f"{cfg.task} formulas"]] * 3
+    if cfg.task == "sudoku":
+        train_classes = cfg.levels.split(",")
+        val_classes = test_classes = cfg.test_levels.split(",")
+    elif cfg.task == "path":
+        train_classes = val_classes = test_classes = [f"pd{k}" for k in range(6)]
+    elif family(cfg.task) == "cd":
+        train_classes = val_classes = [f"{cfg.task} old"]
+        test_classes = [f"{cfg.task} new"] + ["cd4 game24"] * (cfg.task == "cd4")
+    make = MAKE[family(cfg.task)]
     rngs = [np.random.default_rng(key) for key in ([0, cfg.seed], [1], [2])]  # held-out problems never change
-    val, test = ({x: make(n, x, rng) for x in test_levels} for n, rng in zip((cfg.n_val, cfg.n_test), rngs[1:]))
+    val = {x.split()[-1]: make(cfg.n_val, x, rngs[1]) for x in val_classes}
+    test = {x.split()[-1]: make(cfg.n_test, x, rngs[2]) for x in test_classes}
     if "data" in files:
         train = files["data"][: cfg.n_train]
     else:
-        train = [p for x in levels for p in make(math.ceil(cfg.n_train / len(levels)), x, rngs[0])]
+        train = [p for x in train_classes for p in make(math.ceil(cfg.n_train / len(train_classes)), x, rngs[0])]
     if "test_data" in files:
         test = {}
         for problem in files["test_data"]:
             test.setdefault(planning_distance(*problem) if cfg.task == "path" else "file", []).append(problem)
     held_out = {source for group in [*val.values(), *test.values()] for source, _ in group}
-    train = [problem for problem in train if problem[0] not in held_out]
-    return train or fail(f"--data {cfg.data}: every problem in it is a test problem too"), val, test
+    train = [problem for problem in train if problem[0] not in held_out and fits(problem, cfg)]
+    return train or fail(f"--data {cfg.data}: no problem in it is new and fits the canvas"), val, test
+
+
+# The canvas of --format tokens: the kinds of the question's positions, and how many the answer has.
+SLOTS = {f"cd{k}": (list(range(k + 1)), 4 * k - 4) for k in (3, 4, 5)}
+SLOTS |= {f"sat{k}": ([0] * m, k) for k, m in CLAUSES.items()} | dict(path=([0] * 10 + [1], 6))
+CUTOFF = dict(sudoku=164, path=75, cd3=37, cd4=64, cd5=74, sat5=258, sat7=285, sat9=325)  # of question [SEP] answer
+NUMBERS = 1000  # countdown, --format tokens: the numbers below have a symbol each
+
+
+def vocabulary(cfg):
+    return VOCAB + NUMBERS * (family(cfg.task) == "cd" and cfg.format == "tokens")
+
+
+def fits(problem, cfg):
+    """Can the answer be written on the canvas?"""
+    if vocabulary(cfg) > VOCAB:
+        return max(map(int, re.findall(r"\d+", problem[1]))) < NUMBERS
+    return len(",".join(problem)) < CUTOFF[cfg.task] or cfg.format == "tokens"
 
 
 def reverse_path(text):
@@ -411,53 +540,68 @@ def reverse_path(text):
 
 
 def to_symbols(source, target, cfg):
-    """Question, answer, and which parts of the answer the question shows. A position is a tuple of symbols:
-    for --format tokens an edge is one position of two symbols, and the answer is the six nodes of the route."""
+    """Question, answer, and which parts of the answer the question shows. A position is a tuple of symbols.
+
+    --format tokens: an edge is one position of two symbols and the answer is the six nodes of the route; a clause is
+    one position of three symbols; a number of countdown is one symbol, an equation the four positions a, op, b, c."""
     if cfg.task == "sudoku" or cfg.format == "chars":
         return [(SYMBOL[c],) for c in source], [(SYMBOL[c],) for c in target], [c != "0" for c in source]
-    nodes = [SYMBOL["0123456789ab"[int(x)]] for x in re.findall(r"\d+", f"{source}-{target}")]
-    edges = list(zip(nodes[::2], nodes[1::2]))  # ten edges, (start, goal), then the five of the route
-    route = [(u, PAD) for u, _ in edges[11:]] + [(edges[-1][1], PAD)]
-    return edges[:11], route, [True, False, False, False, False, True]
+    if cfg.task == "path":
+        nodes = [SYMBOL["0123456789ab"[int(x)]] for x in re.findall(r"\d+", f"{source}-{target}")]
+        edges = list(zip(nodes[::2], nodes[1::2]))  # ten edges, (start, goal), then the five of the route
+        route = [(u, PAD) for u, _ in edges[11:]] + [(edges[-1][1], PAD)]
+        return edges[:11], route, [True, False, False, False, False, True]
+    if family(cfg.task) == "sat":
+        clauses = [tuple(SYMBOL[c] for c in clause.split(",")) for clause in source.split("/")]
+        return clauses, [(SYMBOL[c], PAD, PAD) for c in target.split(",")], [False] * len(target.split(","))
+    question, answer = ([(SYMBOL.get(w) if w in "+-*/" else VOCAB + int(w),) for w in re.findall(r"\d+|[-+*/]", text)]
+                        for text in (source, target))
+    return question, answer, [False] * (len(answer) - 1) + [True]
 
 
 def to_text(ids, cfg):
     """The answer that stands in ids (list of ints, up to [EOS]) as a string; "?" is a symbol without a character."""
-    text = "".join("?" if i < 5 else CHARS[i - 5] for i in ids[: ids.index(EOS) if EOS in ids else None])
+    ids = ids[: ids.index(EOS) if EOS in ids else None]
+    words = ["?" if i < 5 else CHARS[i - 5] if i < VOCAB else str(i - VOCAB) for i in ids]
     if cfg.task == "sudoku" or cfg.format == "chars":
-        return text
-    nodes = ["0123456789ab".find(c) for c in text]
-    return "/".join(f"{u},{v}" for u, v in zip(nodes, nodes[1:]))
-
-
-def encode(problems, cfg, arm):
-    """Canvases with the answers filled in, ids (N, L, F), and which positions are to be generated (N, L).
-
-    inplace: the answer, with what the question shows of it in view; a path's edges stand before it.
-    source:  source [SEP] target [EOS] [PAD]... (paper): who writes all at once writes the padding, so the length."""
-    ids, target, L = [], [], canvas_length(cfg, arm)
-    for source, answer in problems:
-        source, answer, shown = to_symbols(source, reverse_path(answer) if arm == "ar_rev" else answer, cfg)
-        if arm == "mdm" and cfg.canvas == "inplace":
-            source = source if cfg.task == "path" else []  # a board is its own canvas
-            mask = [False] * len(source) + [not given for given in shown]
-        else:
-            source, answer = source + [(SEP, PAD)[: len(source[0])]], answer + [(EOS, PAD)[: len(source[0])]]
-            mask = [False] * len(source) + [True] * len(answer)
-        pad = L - len(mask)
-        if pad < 0:
-            fail(f"a problem of {len(mask)} symbols exceeds the canvas of {L}: {problems[len(ids)][0][:60]}")
-        ids.append(source + answer + [(PAD,) * len(answer[0])] * pad)
-        target.append(mask + [not arm.startswith("ar")] * pad)
-    return torch.tensor(ids), torch.tensor(target)
+        return "".join(words)
+    if cfg.task == "path":
+        nodes = ["0123456789ab".find(c) for c in words]
+        return "/".join(f"{u},{v}" for u, v in zip(nodes, nodes[1:]))
+    if family(cfg.task) == "sat":
+        return ",".join(words)
+    return ",".join("".join(words[i : i + 3] + ["="] + words[i + 3 : i + 4]) for i in range(0, len(words), 4))
 
 
 def canvas_length(cfg, arm):
     """L; for question [SEP] answer in characters the official cutoff_len."""
     inplace = arm == "mdm" and cfg.canvas == "inplace"
-    if cfg.task == "sudoku":
-        return 81 if inplace else 164
-    return 17 if inplace else 19 if cfg.format == "tokens" else 75
+    if cfg.task == "sudoku" and inplace:
+        return 81
+    if cfg.task == "sudoku" or cfg.format == "chars":
+        return CUTOFF[cfg.task]
+    question, answer = SLOTS[cfg.task]
+    return len(question) + answer + (0 if inplace else 2)
+
+
+def encode(problems, cfg, arm):
+    """Canvases with the answers filled in, ids (N, L, F), and which positions are to be generated (N, L).
+
+    inplace: the answer, with what the question shows of it in view, behind the question (a board is its own).
+    source:  source [SEP] target [EOS] [PAD]... (paper): who writes all at once writes the padding, so the length."""
+    ids, target, L = [], [], canvas_length(cfg, arm)
+    for source, answer in problems:
+        source, answer, shown = to_symbols(source, reverse_path(answer) if arm == "ar_rev" else answer, cfg)
+        if arm == "mdm" and cfg.canvas == "inplace":
+            source = [] if cfg.task == "sudoku" else source
+            mask = [False] * len(source) + [not given for given in shown]
+        else:
+            source, answer = source + [(SEP, PAD, PAD)[: len(source[0])]], answer + [(EOS, PAD, PAD)[: len(source[0])]]
+            mask = [False] * len(source) + [True] * len(answer)
+        pad = L - len(mask)
+        ids.append(source + answer + [(PAD,) * len(answer[0])] * pad)
+        target.append(mask + [not arm.startswith("ar")] * pad)
+    return torch.tensor(ids), torch.tensor(target)
 
 
 def coordinates(cfg, arm):
@@ -471,9 +615,11 @@ def coordinates(cfg, arm):
         cells, mark = torch.tensor(np.stack([ROW, 9 + COL, 18 + BOX], 1)), torch.tensor([[27, 27, 27, 30]])
         answer, C = F.pad(cells, (0, 1), value=29), 31  # (81, 4)
         places = answer if L == 81 else torch.cat([F.pad(cells, (0, 1), value=28), mark, answer, mark])
-    else:  # 0 edge, 1 start and goal, 2-7 the route, 8 separator
-        mark, C = [8] * (L == 19), 9
-        places = torch.tensor([0] * 10 + [1] + mark + [2, 3, 4, 5, 6, 7] + mark)[:, None]
+    else:  # the kinds of the question, then one kind for each place of the answer, and the separator
+        question, length = SLOTS[cfg.task]
+        begin, C = max(question) + 1, max(question) + length + 2
+        mark = [C - 1] * (L > len(question) + length)
+        places = torch.tensor([*question, *mark, *range(begin, begin + length), *mark])[:, None]
     if arm == "mdm":
         return places, C
     return torch.cat([places, C + places.roll(-1, 0)], 1), 2 * C
@@ -527,16 +673,16 @@ class GPT(nn.Module):
 
     shift: the prediction for position i is read at i-1, always in a causal network and in the official mdm."""
 
-    def __init__(self, cfg, places, n_places, features, causal):
+    def __init__(self, cfg, places, n_places, vocab, features, causal):
         super().__init__()
-        d, nano = cfg.n_embd, cfg.size == "nano"
+        d, nano, self.vocab = cfg.n_embd, cfg.size == "nano", vocab
         self.shift, self.dropout, self.n_head = causal or cfg.shift, nn.Dropout(cfg.dropout), cfg.n_head
-        self.wte, self.wpe = nn.Embedding(VOCAB * features, d), nn.Embedding(n_places, d)
+        self.wte, self.wpe = nn.Embedding(vocab * features, d), nn.Embedding(n_places, d)
         act = nn.ReLU() if nano else nn.GELU(approximate="tanh")
         self.blocks = nn.ModuleList(Block(d, cfg.n_head, cfg.dropout, causal, act) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(d)
         self.register_buffer("places", places, persistent=False)  # (L, P)
-        self.register_buffer("offsets", VOCAB * torch.arange(features), persistent=False)  # (F,)
+        self.register_buffer("offsets", vocab * torch.arange(features), persistent=False)  # (F,)
         # GPT-2's N(0, 0.02) suits a width of 768; at 96 the network never leaves the plateau of uniform guesses.
         embedding_std, linear_std = (0.5, 0.06) if nano else (0.02, 0.02)
         for name, p in self.named_parameters():
@@ -545,6 +691,11 @@ class GPT(nn.Module):
                 nn.init.normal_(p, 0, std / math.sqrt(2 * cfg.n_layer) if "_out" in name else std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        if vocab > VOCAB:  # our choice: a number starts as a point on each of ten circles, which makes a sum a turn
+            angle = torch.arange(vocab - VOCAB)[:, None] / torch.tensor([2, 5, 10, 20, 50, 100, 200, 400, 1000, 2000])
+            circles = torch.cat([(2 * math.pi * angle).sin(), (2 * math.pi * angle).cos()], 1)  # (NUMBERS, 20)
+            points = circles @ nn.init.orthogonal_(torch.empty(20, d)) * math.sqrt(d / 10)  # (NUMBERS, d), std 1
+            self.wte.weight.data[VOCAB:].mul_(0.1).add_(embedding_std * points)
         nn.init.constant_(self.ln_f.weight, 0.02 / embedding_std)  # tied head: the first loss must be ln V
 
     def forward(self, ids, select=None, cache=None, start=0):
@@ -560,12 +711,12 @@ class GPT(nn.Module):
         elif self.shift:
             x = torch.cat([x[:, :1], x[:, :-1]], 1)  # position 0 reads itself; it is never asked for
         x = x if select is None else x[select]  # (R, d)
-        return F.linear(self.ln_f(x), self.wte.weight[:VOCAB])
+        return F.linear(self.ln_f(x), self.wte.weight[: self.vocab])
 
 
 def build(cfg, arm):
-    features = 2 if (cfg.task, cfg.format) == ("path", "tokens") else 1
-    return GPT(cfg, *coordinates(cfg, arm), features, causal=arm != "mdm")
+    features = 1 if cfg.format == "chars" else dict(path=2, sat=3).get(family(cfg.task), 1)
+    return GPT(cfg, *coordinates(cfg, arm), vocabulary(cfg), features, causal=arm != "mdm")
 
 
 # ---------------------------------------------------------------- 4. Method (from the official code) and the baselines
@@ -696,25 +847,90 @@ def decode_left_to_right(model, ids, prompt):
 
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
-def grade(task, source, target, text):
-    """(official, strict) for strings: equal to the label, and right by the rules of the problem.
+def reachable(numbers, target):
+    """Can the target be made from all of the numbers?"""
+    return bool(first_solutions(np.array([numbers]), np.array([target]))[0][0])
 
-    A path counts officially when it equals the label or the label read backwards (official script)."""
+
+def follow(source, text):
+    """The equations of an answer to a countdown, each as (true, planned), and the numbers that are left.
+
+    true: the two sides are equal. planned: it uses numbers at hand, and the target can be made from what it leaves.
+    The first equation without a plan is the planning error; behind it nothing is planned."""
+    *numbers, target = map(int, source.split(","))
+    lines = []
+    for line in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})([-+*/])(\d{1,6})=(\d{1,6})", line, re.ASCII)
+        a, b, c = (int(match[i]) for i in (1, 3, 4)) if match else (0, 0, -1)
+        true = bool(match) and {"+": a + b == c, "-": a - b == c, "*": a * b == c, "/": b > 0 and a == b * c}[match[2]]
+        planned = true and numbers.count(a) > (a == b) and b in numbers and (not lines or lines[-1][1])
+        if planned:
+            numbers.remove(a)
+            numbers.remove(b)
+            numbers.append(c)
+            planned = reachable(numbers, target)
+        lines.append((true, planned))
+    return lines, numbers
+
+
+def grade(task, source, target, text):
+    """(strict, official) for strings: right by the rules of the problem, and right for the authors' script.
+
+    Theirs asks for the label, for a path also read backwards; a countdown needs true equations of which the last
+    gives the target, whatever numbers they use."""
     if task == "sudoku":
         kept = all(given in ("0", cell) for given, cell in zip(source, text))
         whole = re.fullmatch("[1-9]{81}", text) and all(len({text[c] for c in np.flatnonzero(u)}) == 9 for u in UNITS)
-        return text == target, bool(kept and whole)
-    edges, ends = source.split("-")
-    walk = [edge.split(",") for edge in text.split("/")]
-    linked = all(a[-1] == b[0] for a, b in zip(walk, walk[1:]))
-    strict = linked and set(text.split("/")) <= set(edges.split("/")) and ends == f"{walk[0][0]},{walk[-1][-1]}"
-    return text in (target, reverse_path(target)), strict
+        return bool(kept and whole), text == target
+    if task == "path":
+        edges, ends = source.split("-")
+        walk = [edge.split(",") for edge in text.split("/")]
+        linked = all(a[-1] == b[0] for a, b in zip(walk, walk[1:]))
+        known = set(text.split("/")) <= set(edges.split("/"))
+        return linked and known and ends == f"{walk[0][0]},{walk[-1][-1]}", text in (target, reverse_path(target))
+    if family(task) == "sat":
+        true, false = LITERALS[int(task[3])]
+        chosen = text.split(",")
+        assigned = len(chosen) == len(true) and all(c in pair for c, *pair in zip(chosen, true, false))
+        return assigned and all(set(c.split(",")) & set(chosen) for c in source.split("/")), text == target
+    lines, left = follow(source, text)
+    goal, true = source.split(",")[-1], all(equal for equal, _ in lines)
+    return true and lines[-1][1] and left == [int(goal)], true and text.split("=")[-1] == goal
+
+
+def count_solutions(source, n):
+    """How many assignments of n variables satisfy a formula."""
+    truth = np.array(list(product((False, True), repeat=n))).T  # (n, 2^n)
+    column = dict(zip("".join(LITERALS[n]), [*truth, *~truth]))
+    return int(np.all([np.any([column[c] for c in clause.split(",")], 0) for clause in source.split("/")], 0).sum())
+
+
+def details(task, problems, texts):
+    """Metrics that tell what goes wrong in a class: blank cells filled right (sudoku); the authors' accuracy; the share
+    of false equations and of plans lost by then (countdown); what exact match gives a perfect solver (3-SAT)."""
+    if task == "sudoku":
+        cells = (cell for (s, t), text in zip(problems, texts) for cell in zip(s, t, text.ljust(81)))
+        return dict(blanks=float(np.mean([label == cell for given, label, cell in cells if given == "0"] or [True])))
+    found = dict(official=float(np.mean([grade(task, s, t, text)[1] for (s, t), text in zip(problems, texts)])))
+    if family(task) == "sat":
+        found["ceiling"] = float(np.mean([1 / count_solutions(s, int(task[3])) for s, _ in problems]))
+    elif family(task) == "cd":
+        k = int(task[2])
+        lines = [(follow(s, text)[0] + [(False, False)] * k)[: k - 1] for (s, _), text in zip(problems, texts)]
+        for i, (true, planned) in enumerate(np.mean(lines, 0).tolist(), 1):
+            found |= {f"equation {i} false": 1 - true, f"plan lost by {i}": 1 - planned}
+    return found
 
 
 def stand_in(task, source):
     """A target that holds only what the question shows of it; the rest is masked before a network sees it."""
-    start, goal = source.rpartition("-")[2].split(",") if task == "path" else (0, 0)
-    return source.replace("0", "1") if task == "sudoku" else f"{start},0/0,0/0,0/0,0/0,{goal}"
+    if task == "sudoku":
+        return source.replace("0", "1")
+    if task == "path":
+        return "{},0/0,0/0,0/0,0/0,{}".format(*source.rpartition("-")[2].split(","))
+    if family(task) == "sat":
+        return ",".join(LITERALS[int(task[3])][0])
+    return "1+1=2," * (int(task[2]) - 2) + f"1+1={source.split(',')[-1]}"
 
 
 def answer(model, arm, problems, cfg, chunk=250, **decoding):
@@ -731,43 +947,42 @@ def answer(model, arm, problems, cfg, chunk=250, **decoding):
         for rows in torch.arange(len(ids), device=ids.device).split(chunk):
             ids[rows], calls[rows] = decode(model, ids[rows], target[rows], **decoding)
     if arm == "mdm" and cfg.canvas == "inplace":
-        begin = begin.fill_(0 if cfg.task == "sudoku" else 11)
+        begin = begin.fill_(0 if cfg.task == "sudoku" else len(SLOTS[cfg.task][0]))
     texts = [to_text(row[b:], cfg) for row, b in zip(ids[..., 0].tolist(), begin.tolist())]
     return [reverse_path(text) for text in texts] if arm == "ar_rev" else texts, calls
 
 
+def decoding(cfg):
+    return dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
+
+
 def accuracy(model, arm, problems, cfg, **changes):
-    """Per problem 1 or 0, official and strict; the share of blanks that are right (sudoku); calls per answer."""
-    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold) | changes
+    """Of each problem whether the answer is right (strictly), the answers, and the mean number of calls."""
+    options = decoding(cfg) | changes
     options |= dict(steps=1) if arm == "teacherless" else {}
     random = torch.Generator(model.places.device).manual_seed(0)  # the same random order in every evaluation
     texts, calls = answer(model, arm, problems, cfg, generator=random, kernels=cfg.kernels, **options)
-    official, strict = np.array([grade(cfg.task, s, t, text) for (s, t), text in zip(problems, texts)]).T.astype(int)
-    cells = (cell for (s, t), text in zip(problems, texts) for cell in zip(s, t, text.ljust(len(t))))
-    blanks = [label == cell for given, label, cell in cells if given == "0"]
-    return official.tolist(), strict.tolist(), float(np.mean(blanks or 0)), calls.amax(1).float().mean().item()
+    right = [int(grade(cfg.task, s, t, text)[0]) for (s, t), text in zip(problems, texts)]
+    return right, texts, calls.amax(1).float().mean().item()
 
 
-# Further rows of the final table: mdm under other orders and numbers of calls (a path has four positions to fill).
+# Further rows of the final table: mdm under other orders and numbers of calls.
 SWEEP = {"margin": dict(order="margin"), "random": dict(order="random"), "left to right": dict(order="l2r")}
-SWEEP |= {"revise": dict(commit="revise"), "1 call": dict(steps=1), "2 calls": dict(steps=2)}
-MORE_CALLS = {"5 calls": dict(steps=5), "10 calls": dict(steps=10), "one a call": dict(steps=0)}
-MORE_CALLS |= {"all p > 0.9": dict(steps=0, threshold=0.9)}
-SWEEP = dict(sudoku=SWEEP | MORE_CALLS, path=SWEEP)
+SWEEP |= {"revise": dict(commit="revise"), "1 call": dict(steps=1), "2 calls": dict(steps=2), "5 calls": dict(steps=5)}
+SWEEP |= {"10 calls": dict(steps=10), "one a call": dict(steps=0), "all p > 0.9": dict(steps=0, threshold=0.9)}
 
 
 def evaluate(model, arm, test, cfg):
     """Rows of the final table: metrics "row/column" and, per row and class, 1 or 0 for each test problem."""
     model.eval()
     metrics, correct = {}, {}
-    for name, changes in ({"": {}} | (SWEEP[cfg.task] if arm == "mdm" else {})).items():
+    for name, changes in ({"": {}} | (SWEEP if arm == "mdm" else {})).items():
         row, began, calls = f"{arm} {name}".strip(), time.perf_counter(), []
         for group, problems in test.items():
-            exact, strict, blanks, used = accuracy(model, arm, problems, cfg, **changes)
-            correct[f"{row}/{group}"] = exact
+            correct[f"{row}/{group}"], texts, used = accuracy(model, arm, problems, cfg, **changes)
             calls.append(used)
-            metrics |= {f"{row}/{group}": float(np.mean(exact)), f"{row}/{group} strict": float(np.mean(strict))}
-            metrics |= {f"{row}/{group} blanks": blanks} if cfg.task == "sudoku" else {}
+            metrics[f"{row}/{group}"] = float(np.mean(correct[f"{row}/{group}"]))
+            metrics |= {f"{row}/{group} {k}": v for k, v in details(cfg.task, problems, texts).items() if not name}
         metrics |= {f"{row}/calls": float(np.mean(calls))} if arm == "mdm" else {}
         metrics[f"{row}/answers_per_s"] = sum(map(len, test.values())) / (time.perf_counter() - began)
         worst = min((key for key in correct if key.startswith(f"{row}/")), key=lambda key: np.mean(correct[key]))
@@ -791,6 +1006,16 @@ CLAIMS = dict(
         ("mdm-beats-ar-far", "mdm/pd5 - ar/pd5", 0.1, "AR within 10 points at the longest distance (paper: 50)"),
         ("mdm-needs-fewer-examples", "examples ar / mdm", 1.0, "AR reaches 90 % everywhere as early as MDM"),
     ],
+    cd=[
+        ("mdm-beats-ar", "mdm/new - ar/new", 0.0, "AR as good (paper: 99.5 to 95.9 on cd3, 91.5 to 45.8 on cd4)"),
+        ("easy-first-beats-random", "mdm/new - mdm random/new", 0.0, "a random order is as good"),
+        ("calls-buy-accuracy", "mdm/new - mdm 1 call/new", 0.0, "one parallel call is as good"),
+    ],
+    sat=[
+        ("mdm-beats-ar", "mdm/formulas - ar/formulas", 0.0, "AR satisfies as many (paper: the gap grows with n)"),
+        ("easy-first-beats-random", "mdm/formulas - mdm random/formulas", 0.0, "a random order is as good"),
+        ("calls-buy-accuracy", "mdm/formulas - mdm 1 call/formulas", 0.0, "one parallel call is as good"),
+    ],
 )
 
 
@@ -812,7 +1037,7 @@ def statistics(task, done):
     """Claim id to (statistic, interval), where the arms it needs were run. done: arm to its result."""
     correct = {key: hits for arm in done.values() for key, hits in arm["correct"].items()}
     found = {}
-    for name, formula, *_ in CLAIMS[task]:
+    for name, formula, *_ in CLAIMS[family(task)]:
         rows = formula.split(" - ")
         if formula == "examples ar / mdm" and {"ar", "mdm"} <= set(done):
             (ar_before, ar), (mdm_before, mdm) = (examples_needed(done[arm]["curve"]) for arm in ("ar", "mdm"))
@@ -1140,7 +1365,7 @@ def cost(cfg, arm):
     """Parameters, canvas length L, training FLOPs per canvas: 6 a weight and position, 12 L d a layer and position."""
     with torch.device("meta"):
         model = build(cfg, arm)
-    L, weights = canvas_length(cfg, arm), sum(p.numel() for p in model.blocks.parameters()) + VOCAB * cfg.n_embd
+    L, weights = canvas_length(cfg, arm), sum(p.numel() for p in model.blocks.parameters()) + model.vocab * cfg.n_embd
     return sum(p.numel() for p in model.parameters()), L, L * (6 * weights + 12 * cfg.n_layer * cfg.n_embd * L)
 
 
@@ -1149,7 +1374,7 @@ def dry_run(cfg):
     for arm in cfg.arms.split(","):
         n, L, flops = cost(cfg, arm)
         canvases, rows = cfg.batch_size * cfg.steps, cfg.micro_batch or cfg.batch_size
-        memory = (16 * n + rows * L * (68 * cfg.n_layer * cfg.n_embd + 8 * VOCAB)) / 2**30
+        memory = (16 * n + rows * L * (68 * cfg.n_layer * cfg.n_embd + 8 * vocabulary(cfg))) / 2**30
         print(f"{arm}: {n:,} parameters, {canvases * L:.2e} tokens, {canvases * flops:.2e} FLOPs, "
               f"{memory:.2f} GiB per device, {canvases * flops / 200e12 / 3600:.2f} hours on one H100")
     print("assumed: AdamW in fp32, 34 bf16 activations of width d per layer and position, 200 TFLOP/s, no evaluation")
@@ -1170,7 +1395,7 @@ def ledger(cfg, run, problems):
         (n, L, flops), rate, total = cost(cfg, arm), cfg.batch_size / seconds, total + seconds * cfg.steps / 60
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} problems/s, "
               f"{rate * L:,.0f} tokens/s, {100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
-              f"first nll {nll:.2f}, uniform {math.log(VOCAB):.2f}")
+              f"first nll {nll:.2f}, uniform {math.log(vocabulary(cfg)):.2f}")
     print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
 
 
@@ -1192,12 +1417,14 @@ def draw_trace(path, problem, model, cfg):
     """The problem, and beside it the order in which mdm reveals the answer: the small numbers are network calls."""
     from matplotlib.figure import Figure
 
-    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
-    (text,), calls = answer(model.eval(), "mdm", [problem], cfg, **options)
+    (text,), calls = answer(model.eval(), "mdm", [problem], cfg, **decoding(cfg))
     board, question = cfg.task == "sudoku", len(to_symbols(*problem, cfg)[0])
-    labels = list(text.ljust(81, "?")[:81] if board else text)
-    if not board and cfg.format == "tokens":
+    if board or cfg.format == "chars":
+        labels = list(text.ljust(81 * board, "?"))
+    elif cfg.task == "path":
         labels = re.findall(r"\d+", text)[::2] + re.findall(r"\d+$", text)  # the six nodes
+    else:
+        labels = re.findall(r"\d+|[-+*/a-j?]", text)
     begin = question + 1 if cfg.canvas == "source" else 0 if board else question
     calls, width = calls[0, begin : begin + len(labels)].tolist(), 9 if board else len(labels)
     figure = Figure(figsize=(9, 4.6) if board else (9, 1.8), layout="constrained")
@@ -1229,13 +1456,12 @@ def solve(cfg):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         fail(f"--load {folder}: not a finished run with the arm {arm}: {str(error).splitlines()[0]}")
     problems, began = read_problems(cfg.solve, cfg.task, need_target=False), time.perf_counter()
-    options = dict(steps=cfg.decode_steps, order=cfg.order, commit=cfg.commit, threshold=cfg.threshold)
-    texts, _ = answer(model, arm, problems, cfg, **(options if arm == "mdm" else dict(steps=1)))
+    texts, _ = answer(model, arm, problems, cfg, **(decoding(cfg) if arm == "mdm" else dict(steps=1)))
     rate = len(problems) / (time.perf_counter() - began)
     marks = [(grade(cfg.task, s, t, text), bool(t)) for (s, t), text in zip(problems, texts)]
     print("\n".join(texts))
-    official = [mark[0] for mark, known in marks if known]
-    strict = f"strict {sum(mark[1] for mark, _ in marks)}/{len(marks)}"
+    official = [mark[1] for mark, known in marks if known]
+    strict = f"strict {sum(mark[0] for mark, _ in marks)}/{len(marks)}"
     print(f"{strict}, official {sum(official)}/{len(official)} with a target, {rate:.1f} answers/s", file=sys.stderr)
     if cfg.trace and arm == "mdm":
         draw_trace(folder / "trace.png", problems[-1], model, cfg)
@@ -1243,12 +1469,13 @@ def solve(cfg):
 
 # ---------------------------------------------------------------- 8. Main
 def print_table(metrics):
-    """Rows "arm" and "arm variant", one column per class."""
-    columns = [c for c in dict.fromkeys(key.split("/")[1] for key in metrics) if not c.endswith("strict")]
+    """Rows "arm" and "arm variant", one column per class; then what went wrong in each class."""
+    columns = [c for c in dict.fromkeys(key.split("/")[1] for key in metrics) if " " not in c]
     print(f"{'':20}" + "".join(f"{column:>16}" for column in columns))
     for row in dict.fromkeys(key.split("/")[0] for key in metrics):
         cells = (f"{metrics[f'{row}/{column}']:.4g}" if f"{row}/{column}" in metrics else "" for column in columns)
         print(f"{row:20}" + "".join(f"{cell:>16}" for cell in cells))
+    print("".join(f"{key}: {value:.4g}\n" for key, value in metrics.items() if " " in key.split("/")[1]), end="")
 
 
 def main(argv=None):
@@ -1292,7 +1519,7 @@ def main(argv=None):
     print_table(metrics)
     record = dict(tried=TRIED, metrics=metrics, curves={arm: result["curve"] for arm, result in done.items()})
     record |= dict(data_sha256=digest, minutes=(seconds + sum(arm["seconds"] for arm in done.values())) / 60)
-    return report(cfg, run, "mdm", argv, statistics(cfg.task, done), CLAIMS[cfg.task], **record)
+    return report(cfg, run, "mdm", argv, statistics(cfg.task, done), CLAIMS[family(cfg.task)], **record)
 
 
 if __name__ == "__main__":

@@ -911,7 +911,7 @@ def test_grade_sudoku():
     assert m.grade("sudoku", quiz, solution, put(blank, wrong)) == (False, False)
     renamed = solution.translate(str.maketrans("12", "21"))  # a valid board that changes givens
     assert m.grade("sudoku", quiz, solution, renamed) == (False, False)
-    assert m.grade("sudoku", "0" * 81, solution, renamed) == (False, True)
+    assert m.grade("sudoku", "0" * 81, solution, renamed) == (True, False)
     assert m.grade("sudoku", quiz, solution, solution[:-1]) == (False, False)
     assert m.grade("sudoku", quiz, solution, put(given, "?")) == (False, False)
 
@@ -919,14 +919,14 @@ def test_grade_sudoku():
 def test_grade_path():
     source, target = EXAMPLE
     assert m.grade("path", source, target, target) == (True, True)
-    assert m.grade("path", source, target, m.reverse_path(target)) == (True, False)  # official only
+    assert m.grade("path", source, target, m.reverse_path(target)) == (False, True)  # official only
     other = "8,2/2,10/10,4/4,1/1,9"  # real edges, another end
     assert m.grade("path", source, target, other) == (False, False)
     assert m.grade("path", source, target, "8,2/2,0/0,11/11,3") == (False, False)  # an edge that is not there
     assert m.grade("path", source, target, "8,2/0,11/2,0/11,5/5,3") == (False, False)  # not linked
     for text in ("", "?,?", "8", "8,2", "8,2/"):
         assert m.grade("path", source, target, text) == (False, False)
-    assert m.grade("path", source, "", target) == (False, True)  # no label: the rules alone
+    assert m.grade("path", source, "", target) == (True, False)  # no label: the rules alone
 
 
 def test_verdict_has_three_outcomes():
