@@ -191,7 +191,7 @@ PUBLISHED |= dict(batch_size=1024, lr=1e-3, warmup_steps=0, beta2=0.999, dropout
 PUBLISHED |= dict(levels="easy", test_levels="easy", n_train=100_000, n_test=1000)
 PATH = dict(arms="mdm,ar,ar_rev,teacherless", n_train=50_000, n_test=200, n_layer=3, batch_size=128)
 SAT = dict(n_train=50_000, batch_size=128, eval_every=250)
-COUNTDOWN = dict(n_train=100_000, batch_size=128, n_layer=3)
+COUNTDOWN = dict(n_train=100_000, batch_size=128, n_layer=3, lr=2e-3)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(**TINY_RUN, eval_every=3, save_every=2, log_every=2),
     "small": {},
@@ -202,14 +202,15 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "paper:path": dict(arms=PATH["arms"], n_train=50_000, n_test=167, steps=4900, eval_every=200),
 }
 for k in ("cd3", "cd4", "cd5"):
-    SCALES[f"small:{k}"] = dict(**COUNTDOWN, steps=4500)
-    SCALES[f"long:{k}"] = dict(**COUNTDOWN, steps=20_000) | dict(n_train=300_000)
+    SCALES[f"small:{k}"] = dict(**COUNTDOWN, steps=6000)
+    SCALES[f"long:{k}"] = COUNTDOWN | dict(n_train=500_000, steps=25_000, eval_every=1000)
     SCALES[f"paper:{k}"] = dict(size="base", lr=3e-4, beta=2.0, n_train=500_000, steps=293_000, eval_every=5000)
 for k in ("sat5", "sat7", "sat9"):
     SCALES[f"small:{k}"] = dict(**SAT, steps=1200 if k == "sat5" else 2000)
-    SCALES[f"long:{k}"] = dict(**SAT, steps=10_000) | dict(n_train=100_000, n_layer=3)
+    SCALES[f"long:{k}"] = SAT | dict(n_train=100_000, n_layer=3, steps=10_000)
     SCALES[f"paper:{k}"] = dict(n_train=100_000 if k == "sat9" else 50_000, steps=58_600 if k == "sat9" else 29_300)
 TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
+TRIED = dict(sudoku=TRIED, path=TRIED, cd=dict(mdm=6, ar=2), sat=dict(mdm=1, ar=1))
 
 
 # ---------------------------------------------------------------- 2. Data (official generators)
@@ -1517,7 +1518,7 @@ def main(argv=None):
     plot_curves(run.out / "plot.png", done)
     metrics = {key: value for arm in done.values() for key, value in arm["metrics"].items()}
     print_table(metrics)
-    record = dict(tried=TRIED, metrics=metrics, curves={arm: result["curve"] for arm, result in done.items()})
+    record = dict(tried=TRIED[family(cfg.task)], metrics=metrics, curves={arm: result["curve"] for arm, result in done.items()})
     record |= dict(data_sha256=digest, minutes=(seconds + sum(arm["seconds"] for arm in done.values())) / 60)
     return report(cfg, run, "mdm", argv, statistics(cfg.task, done), CLAIMS[family(cfg.task)], **record)
 
