@@ -201,14 +201,19 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "paper": dict(**PUBLISHED, steps=29_300, eval_every=1000),
     "paper:path": dict(arms=PATH["arms"], n_train=50_000, n_test=167, steps=4900, eval_every=200),
 }
-for k in ("cd3", "cd4", "cd5"):
-    SCALES[f"small:{k}"] = dict(**COUNTDOWN, steps=6000)
-    SCALES[f"long:{k}"] = COUNTDOWN | dict(n_train=500_000, steps=25_000, eval_every=1000)
-    SCALES[f"paper:{k}"] = dict(size="base", lr=3e-4, beta=2.0, n_train=500_000, steps=293_000, eval_every=5000)
-for k in ("sat5", "sat7", "sat9"):
-    SCALES[f"small:{k}"] = dict(**SAT, steps=1200 if k == "sat5" else 2000)
-    SCALES[f"long:{k}"] = SAT | dict(n_train=100_000, n_layer=3, steps=10_000)
-    SCALES[f"paper:{k}"] = dict(n_train=100_000 if k == "sat9" else 50_000, steps=58_600 if k == "sat9" else 29_300)
+OF_COUNTDOWN = dict(
+    small=dict(**COUNTDOWN, steps=6000),
+    long=COUNTDOWN | dict(n_train=500_000, steps=25_000, eval_every=1000),
+    paper=dict(size="base", lr=3e-4, beta=2.0, n_train=500_000, steps=293_000, eval_every=5000),
+)
+OF_SAT = dict(
+    small=dict(**SAT, steps=2000),
+    long=SAT | dict(n_train=100_000, n_layer=3, steps=10_000),
+    paper=dict(n_train=50_000, steps=29_300),
+)
+SCALES |= {f"{scale}:cd{k}": row for k in (3, 4, 5) for scale, row in OF_COUNTDOWN.items()}
+SCALES |= {f"{scale}:sat{n}": row for n in (5, 7, 9) for scale, row in OF_SAT.items()}
+SCALES["paper:sat9"] = dict(n_train=100_000, steps=58_600)
 TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
 TRIED = dict(sudoku=TRIED, path=TRIED, cd=dict(mdm=6, ar=2), sat=dict(mdm=1, ar=1))
 
@@ -323,20 +328,19 @@ def sudoku_problems(n, level, rng):
     """n boards with one solution each, as (quiz, solution) strings.
 
     easy:   the paper's class (Kyubyong/sudoku): the fewest clues of ten digs; naked singles solve them
-    medium: dug on until naked singles alone get stuck, so that a hidden single is needed
+    medium: clues taken away until naked singles get stuck, so that a hidden single is needed
     hard:   dug on as long as there is one solution, to at most 25 clues; singles get stuck, search is needed"""
     problems = []
     while len(problems) < n:
         solved = np.array([full_grid(rng) for _ in range(min(n - len(problems) + 9, 1000))], np.int8)
-        times = 10 if level == "easy" else 1
-        digs = np.stack([dig(solved, is_hidden_single, rng) for _ in range(times)])  # (times, B, 81)
-        quiz = digs[(digs > 0).sum(2).argmin(0), np.arange(len(solved))]
-        if level == "easy":
-            fits = fill_singles(quiz, hidden=False).all(1)
-        elif level == "medium":
-            quiz = dig(quiz, until_naked_singles_stall, rng)
+        if level == "medium":
+            quiz = dig(solved, until_naked_singles_stall, rng)
             fits = ~fill_singles(quiz, hidden=False).all(1)
         else:
+            digs = [dig(solved, is_hidden_single, rng) for _ in range(10 if level == "easy" else 1)]
+            quiz = np.stack(digs)[np.argmin([(x > 0).sum(1) for x in digs], 0), np.arange(len(solved))]
+            fits = fill_singles(quiz, hidden=False).all(1)
+        if level == "hard":
             quiz = dig(quiz, has_one_solution, rng)
             fits = ~fill_singles(quiz).all(1) & ((quiz > 0).sum(1) <= 25)
         problems += [("".join(map(str, q)), "".join(map(str, s))) for q, s in zip(quiz[fits], solved[fits])]
@@ -451,14 +455,22 @@ FORMS = dict(  # source, target, and both in words
     sudoku=(r"[0-9.]{81}", r"[1-9]{81}", "81 digits, 0 for a blank, and the solution"),
     path=(f"({EDGE}/){{9}}{EDGE}-{EDGE}", f"({EDGE}/){{4}}{EDGE}", "6,2/2,10/...-start,goal and five edges"),
 )
-for k in HELD_OUT:
-    k = int(k[2])
-    words = f"{k} numbers and the target as in 5,3,9,72, and {k - 1} equations as in 5+3=8,8*9=72"
-    FORMS[f"cd{k}"] = rf"(\d{{1,3}},){{{k}}}\d{{1,3}}", f"({EQUATION},){{{k - 2}}}{EQUATION}", words
-for k, m in CLAUSES.items():
-    LITERAL, words = f"[{''.join(LITERALS[k])}]", f"{m} clauses 1,4,5/1,9,0/... and {k} literals"
-    CLAUSE = ",".join([LITERAL] * 3)
-    FORMS[f"sat{k}"] = f"({CLAUSE}/){{{m - 1}}}{CLAUSE}", f"({LITERAL},){{{k - 1}}}{LITERAL}", words
+FORMS |= {
+    f"cd{k}": (
+        rf"(\d{{1,3}},){{{k}}}\d{{1,3}}",
+        f"({EQUATION},){{{k - 2}}}{EQUATION}",
+        f"{k} numbers and the target as in 5,3,9,72, and {k - 1} equations as in 5+3=8,8*9=72",
+    )
+    for k in (3, 4, 5)
+}
+FORMS |= {
+    f"sat{n}": (
+        "([{0}],[{0}],[{0}]/){{{1}}}[{0}],[{0}],[{0}]".format("".join(LITERALS[n]), m - 1),
+        "([{0}],){{{1}}}[{0}]".format("".join(LITERALS[n]), n - 1),
+        f"{m} clauses 1,4,5/1,9,0/... and {n} literals",
+    )
+    for n, m in CLAUSES.items()
+}
 
 
 def read_problems(name, task, need_target=True):
@@ -574,15 +586,12 @@ def to_text(ids, cfg):
     return ",".join("".join(words[i : i + 3] + ["="] + words[i + 3 : i + 4]) for i in range(0, len(words), 4))
 
 
-def canvas_length(cfg, arm):
+def canvas_length(cfg):
     """L; for question [SEP] answer in characters the official cutoff_len."""
-    inplace = arm == "mdm" and cfg.canvas == "inplace"
-    if cfg.task == "sudoku" and inplace:
-        return 81
     if cfg.task == "sudoku" or cfg.format == "chars":
-        return CUTOFF[cfg.task]
+        return 81 if cfg.canvas == "inplace" else CUTOFF[cfg.task]
     question, answer = SLOTS[cfg.task]
-    return len(question) + answer + (0 if inplace else 2)
+    return len(question) + answer + (0 if cfg.canvas == "inplace" else 2)
 
 
 def encode(problems, cfg, arm):
@@ -590,10 +599,12 @@ def encode(problems, cfg, arm):
 
     inplace: the answer, with what the question shows of it in view, behind the question (a board is its own).
     source:  source [SEP] target [EOS] [PAD]... (paper): who writes all at once writes the padding, so the length."""
-    ids, target, L = [], [], canvas_length(cfg, arm)
+    ids, target, L = [], [], canvas_length(cfg)
     for source, answer in problems:
-        source, answer, shown = to_symbols(source, reverse_path(answer) if arm == "ar_rev" else answer, cfg)
-        if arm == "mdm" and cfg.canvas == "inplace":
+        if (arm, cfg.canvas) == ("ar_rev", "source"):
+            answer = reverse_path(answer)
+        source, answer, shown = to_symbols(source, answer, cfg)
+        if cfg.canvas == "inplace":
             source = [] if cfg.task == "sudoku" else source
             mask = [False] * len(source) + [not given for given in shown]
         else:
@@ -605,25 +616,32 @@ def encode(problems, cfg, arm):
     return torch.tensor(ids), torch.tensor(target)
 
 
-def coordinates(cfg, arm):
-    """What the network is told about places: entries (L, P) of a table of C rows, to be summed; returns both.
+def in_order(ids, target, cfg, arm):
+    """Canvases in the order in which an arm reads and writes them, and the place of each position, at (N, L).
 
-    A causal arm predicts the next position, so with structured positions it is told that place too."""
-    L = canvas_length(cfg, arm)
+    In place a causal arm reads all that is given, then writes the gaps from left to right (ar_rev: from right to left);
+    so it is asked for the same positions as mdm, and its sequence is as long."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    at = place.expand_as(target)
+    if arm != "mdm" and cfg.canvas == "inplace":
+        at = torch.where(target, 2 * len(place) + (-place if arm == "ar_rev" else place), place).argsort(1)
+    return ids.gather(1, at[..., None].expand_as(ids)), target.gather(1, at), at
+
+
+def coordinates(cfg):
+    """What the network is told about places: entries (L, P) of a table of C rows, to be summed; returns both."""
+    L = canvas_length(cfg)
     if cfg.positions == "learned":
         return torch.arange(L)[:, None], 512
     if cfg.task == "sudoku":  # 0-26 row, column and box, 27 none, 28-30 question, answer, separator
         cells, mark = torch.tensor(np.stack([ROW, 9 + COL, 18 + BOX], 1)), torch.tensor([[27, 27, 27, 30]])
-        answer, C = F.pad(cells, (0, 1), value=29), 31  # (81, 4)
-        places = answer if L == 81 else torch.cat([F.pad(cells, (0, 1), value=28), mark, answer, mark])
-    else:  # the kinds of the question, then one kind for each place of the answer, and the separator
-        question, length = SLOTS[cfg.task]
-        begin, C = max(question) + 1, max(question) + length + 2
-        mark = [C - 1] * (L > len(question) + length)
-        places = torch.tensor([*question, *mark, *range(begin, begin + length), *mark])[:, None]
-    if arm == "mdm":
-        return places, C
-    return torch.cat([places, C + places.roll(-1, 0)], 1), 2 * C
+        answer = F.pad(cells, (0, 1), value=29)  # (81, 4)
+        return answer if L == 81 else torch.cat([F.pad(cells, (0, 1), value=28), mark, answer, mark]), 31
+    # the kinds of the question, then one kind for each place of the answer, and the separator
+    question, length = SLOTS[cfg.task]
+    begin, last = max(question) + 1, max(question) + 1 + length
+    mark = [last] * (L > len(question) + length)
+    return torch.tensor([*question, *mark, *range(begin, last), *mark])[:, None], last + 1
 
 
 def augment_sudoku(ids, target, generator):
@@ -676,9 +694,10 @@ class GPT(nn.Module):
 
     def __init__(self, cfg, places, n_places, vocab, features, causal):
         super().__init__()
-        d, nano, self.vocab = cfg.n_embd, cfg.size == "nano", vocab
+        d, nano, self.vocab, self.n_places = cfg.n_embd, cfg.size == "nano", vocab, n_places
+        self.told_next = causal and cfg.canvas == "inplace"  # in place the next position differs from row to row
         self.shift, self.dropout, self.n_head = causal or cfg.shift, nn.Dropout(cfg.dropout), cfg.n_head
-        self.wte, self.wpe = nn.Embedding(vocab * features, d), nn.Embedding(n_places, d)
+        self.wte, self.wpe = nn.Embedding(vocab * features, d), nn.Embedding(n_places * (1 + self.told_next), d)
         act = nn.ReLU() if nano else nn.GELU(approximate="tanh")
         self.blocks = nn.ModuleList(Block(d, cfg.n_head, cfg.dropout, causal, act) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(d)
@@ -699,12 +718,16 @@ class GPT(nn.Module):
             self.wte.weight.data[VOCAB:].mul_(0.1).add_(embedding_std * points)
         nn.init.constant_(self.ln_f.weight, 0.02 / embedding_std)  # tied head: the first loss must be ln V
 
-    def forward(self, ids, select=None, cache=None, start=0):
-        """ids (B, L, F) to logits (B, L, V) that predict each position, or only those selected (B, L) as (R, V).
+    def forward(self, ids, at, select=None, cache=None, start=0):
+        """ids (B, L, F) at places at (B, L) to logits (B, L, V) that predict each position, or only those selected
+        (B, L) as (R, V).
 
-        cache (n_layer, 2, B, H, L_max, d / H): ids continue at position start, logits (B, V) of the next one."""
+        cache (n_layer, 2, B, H, L_max, d / H): ids continue at position start of at, logits (B, V) of the next one."""
+        places = self.places[at]  # (B, L, P)
+        if self.told_next:
+            places = torch.cat([places, self.n_places + places.roll(-1, 1)], 2)  # (B, L, 2 P)
         x = self.wte(ids + self.offsets).sum(2)  # (B, L, d)
-        x = self.dropout(x + self.wpe(self.places[start : start + ids.shape[1]]).sum(1))
+        x = self.dropout(x + self.wpe(places[:, start : start + ids.shape[1]]).sum(2))
         for i, block in enumerate(self.blocks):
             x = block(x, None if cache is None else cache[i], start)
         if cache is not None:
@@ -717,7 +740,7 @@ class GPT(nn.Module):
 
 def build(cfg, arm):
     features = 1 if cfg.format == "chars" else dict(path=2, sat=3).get(family(cfg.task), 1)
-    return GPT(cfg, *coordinates(cfg, arm), vocabulary(cfg), features, causal=arm != "mdm")
+    return GPT(cfg, *coordinates(cfg), vocabulary(cfg), features, causal=arm != "mdm")
 
 
 # ---------------------------------------------------------------- 4. Method (from the official code) and the baselines
@@ -801,10 +824,10 @@ def position_scores(logits, order="confidence", generator=None, kernels=False):
 
 
 @torch.no_grad()
-def decode(model, ids, target, steps=20, order="confidence", commit="freeze", threshold=0.0, **options):
+def decode(model, ids, target, at, steps=20, order="confidence", commit="freeze", threshold=0.0, **options):
     """Reverse process: from all target positions masked to none, in `steps` network calls (0: one position a call).
 
-    ids (B, L, F), target (B, L); returns the answers (B, L, F) and the call that last changed each position (B, L).
+    ids (B, L, F), target and at (B, L); returns the answers (B, L, F) and the call that last changed each position (B, L).
     A call scores the positions, chooses which stay masked and commits the others. "freeze" keeps what is committed;
     "revise" (official code) lets every call change any position of the answer, or mask it again. (official code)"""
     x, masked, n = ids.clone(), target.clone(), target.sum(1)
@@ -814,7 +837,7 @@ def decode(model, ids, target, steps=20, order="confidence", commit="freeze", th
         live = masked.any(1).nonzero()[:, 0]  # (b,) canvases with gaps left
         if not len(live):
             break
-        token, logp, score = position_scores(model(x[live]), order, **options)  # (b, L) each
+        token, logp, score = position_scores(model(x[live], at[live]), order, **options)  # (b, L) each
         eligible = masked[live] if commit == "freeze" else target[live]
         remain = remaining(n[live], step, steps or n[live])
         stay = choose(score, eligible, torch.minimum(remain, masked[live].sum(1) - 1))  # at least one is revealed
@@ -828,22 +851,22 @@ def decode(model, ids, target, steps=20, order="confidence", commit="freeze", th
 
 
 @torch.no_grad()
-def decode_left_to_right(model, ids, prompt):
-    """Baseline: greedy decoding with a KV cache. ids (B, L, F): the first `prompt` positions are question and [SEP]."""
+def decode_left_to_right(model, ids, at, prompt):
+    """Baseline: greedy decoding with a KV cache. ids (B, L, F), at (B, L): the first `prompt` positions are given."""
     B, L, _ = ids.shape
     x, kind = ids.clone(), ids.device.type
     x[:, prompt:] = PAD
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     shape = len(model.blocks), 2, B, model.n_head, L, model.wte.embedding_dim // model.n_head
     cache, done = torch.zeros(shape, device=ids.device, dtype=dtype), torch.zeros_like(x[:, 0, 0], dtype=torch.bool)
-    logits = model(x[:, :prompt], cache=cache)  # (B, V)
+    logits = model(x[:, :prompt], at, cache=cache)  # (B, V)
     for i in range(prompt, L):
         logits[:, [PAD, SEP, MASK, UNK]] = -math.inf
         x[:, i, 0] = logits.argmax(1).masked_fill(done, PAD)
         done |= x[:, i, 0] == EOS
         if done.all():
             break
-        logits = model(x[:, i : i + 1], cache=cache, start=i)
+        logits = model(x[:, i : i + 1], at, cache=cache, start=i)
     return x
 
 
@@ -937,20 +960,23 @@ def stand_in(task, source):
 def answer(model, arm, problems, cfg, chunk=250, **decoding):
     """Answers of an arm (N strings) and, for mdm, the call that fixed each position of the canvas (N, L)."""
     questions = [(source, stand_in(cfg.task, source)) for source, _ in problems]
-    ids, target = (x.to(model.places.device) for x in encode(questions, cfg, arm))
-    begin = target.int().argmax(1)  # (N,) the first position to generate
-    calls = torch.zeros_like(ids[..., 0])
+    canvases, gaps = (x.to(model.places.device) for x in encode(questions, cfg, arm))
+    ids, target, at = in_order(canvases, gaps, cfg, arm)
+    calls = torch.zeros_like(at)
     if arm.startswith("ar"):
-        for first in begin.unique().tolist():  # one batch per length of question: no padding, no mask
-            for rows in (begin == first).nonzero()[:, 0].split(chunk):
-                ids[rows] = decode_left_to_right(model, ids[rows], first)
+        given = target.int().argmax(1)  # (N,) how many positions are read before the first is written
+        for prompt in given.unique().tolist():  # one batch per length: no padding, no mask
+            for rows in (given == prompt).nonzero()[:, 0].split(chunk):
+                ids[rows] = decode_left_to_right(model, ids[rows], at[rows], prompt)
     else:
         for rows in torch.arange(len(ids), device=ids.device).split(chunk):
-            ids[rows], calls[rows] = decode(model, ids[rows], target[rows], **decoding)
-    if arm == "mdm" and cfg.canvas == "inplace":
+            ids[rows], calls[rows] = decode(model, ids[rows], target[rows], at[rows], **decoding)
+    ids, calls = (torch.empty_like(x).scatter_(1, at, x) for x in (ids[..., 0], calls))  # back to the canvas
+    begin = gaps.int().argmax(1)  # (N,) where the answer begins
+    if cfg.canvas == "inplace":
         begin = begin.fill_(0 if cfg.task == "sudoku" else len(SLOTS[cfg.task][0]))
-    texts = [to_text(row[b:], cfg) for row, b in zip(ids[..., 0].tolist(), begin.tolist())]
-    return [reverse_path(text) for text in texts] if arm == "ar_rev" else texts, calls
+    texts = [to_text(row[b:], cfg) for row, b in zip(ids.tolist(), begin.tolist())]
+    return [reverse_path(x) for x in texts] if (arm, cfg.canvas) == ("ar_rev", "source") else texts, calls
 
 
 def decoding(cfg):
@@ -1064,8 +1090,9 @@ def make_batch(cfg, run, arm, data, step):
     ids, target = data[0][rows], data[1][rows]
     if cfg.augment and cfg.task == "sudoku":
         ids, target = augment_sudoku(ids, target, generator)
+    ids, target, at = in_order(ids, target, cfg, arm)
     noisy, asked, weight = corrupt(ids, target, arm, cfg, generator)
-    batch = dict(noisy=noisy, asked=asked, answer=ids[..., 0], weight=weight)
+    batch = dict(noisy=noisy, asked=asked, at=at, answer=ids[..., 0], weight=weight)
     return {name: x[run.rank :: run.world] for name, x in batch.items()}
 
 
@@ -1077,7 +1104,7 @@ def make_loss(cfg, run, arm):
     def loss(net, part):
         asked = part["asked"]  # (b, L)
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            logits = net(part["noisy"], asked)  # (R, V)
+            logits = net(part["noisy"], part["at"], asked)  # (R, V)
         weight = part["weight"][:, None].expand_as(asked)[asked]  # (R,)
         return focal(logits, part["answer"][asked], weight, alpha, beta), asked.sum()
 
@@ -1366,7 +1393,7 @@ def cost(cfg, arm):
     """Parameters, canvas length L, training FLOPs per canvas: 6 a weight and position, 12 L d a layer and position."""
     with torch.device("meta"):
         model = build(cfg, arm)
-    L, weights = canvas_length(cfg, arm), sum(p.numel() for p in model.blocks.parameters()) + model.vocab * cfg.n_embd
+    L, weights = canvas_length(cfg), sum(p.numel() for p in model.blocks.parameters()) + model.vocab * cfg.n_embd
     return sum(p.numel() for p in model.parameters()), L, L * (6 * weights + 12 * cfg.n_layer * cfg.n_embd * L)
 
 
@@ -1392,7 +1419,7 @@ def ledger(cfg, run, problems):
         seconds = min(timeit.repeat(lambda: loss(model, part)[0].backward(), number=1, repeat=3))
         seconds *= len(batch["answer"]) / len(part["answer"])
         with torch.no_grad():
-            nll = F.cross_entropy(model(batch["noisy"], batch["asked"]).float(), batch["answer"][batch["asked"]])
+            nll = F.cross_entropy(model(batch["noisy"], batch["at"], batch["asked"]).float(), batch["answer"][batch["asked"]])
         (n, L, flops), rate, total = cost(cfg, arm), cfg.batch_size / seconds, total + seconds * cfg.steps / 60
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} problems/s, "
               f"{rate * L:,.0f} tokens/s, {100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
@@ -1518,7 +1545,7 @@ def main(argv=None):
     plot_curves(run.out / "plot.png", done)
     metrics = {key: value for arm in done.values() for key, value in arm["metrics"].items()}
     print_table(metrics)
-    record = dict(tried=TRIED[family(cfg.task)], metrics=metrics, curves={arm: result["curve"] for arm, result in done.items()})
+    record = dict(tried=TRIED[family(cfg.task)], metrics=metrics, curves={arm: x["curve"] for arm, x in done.items()})
     record |= dict(data_sha256=digest, minutes=(seconds + sum(arm["seconds"] for arm in done.values())) / 60)
     return report(cfg, run, "mdm", argv, statistics(cfg.task, done), CLAIMS[family(cfg.task)], **record)
 

@@ -65,6 +65,11 @@ def boards(level, n):
     return m.sudoku_problems(n, level, np.random.default_rng(5))
 
 
+def places(ids):
+    """Canvases as they stand: position i is place i."""
+    return torch.arange(ids.shape[1]).expand(ids.shape[:2])
+
+
 def digits(board):
     return np.array([list(map(int, board))], np.int8)
 
@@ -84,18 +89,19 @@ def test_mdm_sees_both_sides(changes):
     ids = m.encode(boards("easy", 2), cfg, "mdm")[0]
     other = ids.clone()
     other[:, -1] = m.MASK
-    assert ((model(ids) - model(other)).abs().amax(2) > 1e-6).all()
+    at = places(ids)
+    assert ((model(ids, at) - model(other, at)).abs().amax(2) > 1e-6).all()
 
 
 @pytest.mark.parametrize("changes", [dict(task="path"), dict(task="path", **OFFICIAL)])
 def test_baselines_see_only_what_stands_before(changes):
     """A symbol at j reaches the predictions of all later positions, and none of those up to j itself."""
     cfg, model = network("ar", **changes)
-    ids = m.encode([EXAMPLE], cfg, "ar")[0]
+    ids, _, at = m.in_order(*m.encode([EXAMPLE], cfg, "ar"), cfg, "ar")
     for j in (1, 7, ids.shape[1] - 2):
         other = ids.clone()
         other[:, j] = m.MASK
-        differs = (model(ids) - model(other)).abs().amax(2)[0] > 1e-6
+        differs = (model(ids, at) - model(other, at)).abs().amax(2)[0] > 1e-6
         assert not differs[: j + 1].any() and differs[j + 1 :].all()
 
 
@@ -103,13 +109,14 @@ def test_shift_reads_the_prediction_one_to_the_left():
     """(official code) logits = cat([logits[:, :1], logits[:, :-1]])"""
     cfg, model = network(task="path", **OFFICIAL, shift=True)
     ids = m.encode([EXAMPLE], cfg, "mdm")[0]
-    shifted = model(ids)
+    at = places(ids)
+    shifted = model(ids, at)
     model.shift = False
-    plain = model(ids)
+    plain = model(ids, at)
     assert torch.equal(shifted, torch.cat([plain[:, :1], plain[:, :-1]], 1))
     select = torch.rand(ids.shape[:2]) < 0.3
     model.shift = True
-    assert torch.allclose(model(ids, select), shifted[select], atol=1e-6)
+    assert torch.allclose(model(ids, at, select), shifted[select], atol=1e-6)
 
 
 @pytest.mark.parametrize("size, count", [("tiny", 5_532_672), ("base", 85_473_024), ("medium", 302_867_456)])
@@ -124,17 +131,38 @@ def test_first_loss_is_uniform(arm):
     """Whatever the initial weights, every symbol is about equally likely."""
     for size in ("nano", "tiny"):
         cfg = m.Config(task="path", size=size)
-        logits = m.build(cfg, arm)(m.encode([EXAMPLE], cfg, arm)[0]).log_softmax(-1)
+        ids, _, at = m.in_order(*m.encode([EXAMPLE], cfg, arm), cfg, arm)
+        logits = m.build(cfg, arm)(ids, at).log_softmax(-1)
         assert (-logits).mean().item() == pytest.approx(math.log(31), abs=0.2)
 
 
 def test_structured_positions_name_row_column_box():
-    table, size = m.coordinates(config(), "mdm")
+    table, size = m.coordinates(config())
     cell = 9 * 4 + 7  # fifth row, eighth column: the middle right box
     assert table[cell].tolist() == [4, 9 + 7, 18 + 5, 29] and size == 31 and table.shape == (81, 4)
-    causal, size = m.coordinates(config(), "ar")
-    assert causal[82 + cell - 1, 4:].tolist() == [31 + x for x in (4, 16, 23, 29)] and size == 62
-    assert causal[cell].tolist()[:4] == [4, 16, 23, 28]
+    table, _ = m.coordinates(config(canvas="source"))
+    assert table[cell].tolist() == [4, 16, 23, 28] and table[82 + cell].tolist() == [4, 16, 23, 29]
+    assert table[81].tolist() == table[163].tolist() == [27, 27, 27, 30]
+
+
+@pytest.mark.parametrize("arm", ["ar", "ar_rev", "teacherless"])
+def test_causal_arms_in_place_read_first_and_then_write(arm):
+    """All that is given stands before the gaps; each position is told its own place and the next one."""
+    cfg, model = network(arm, task="path")
+    ids, target = m.encode(m.path_problems(3, "pd2", np.random.default_rng(0)), cfg, arm)
+    moved, asked, at = m.in_order(ids, target, cfg, arm)
+    assert asked.tolist() == [[False] * 13 + [True] * 4] * 3
+    assert torch.equal(ids.gather(1, at[..., None].expand_as(ids)), moved)
+    assert at[0].tolist() == [*range(12), 16, *([15, 14, 13, 12] if arm == "ar_rev" else [12, 13, 14, 15])]
+    other = at.clone()
+    other[:, -1], other[:, -2] = at[:, -2], at[:, -1]  # the third gap is asked for another place
+    differs = (model(moved, at) - model(moved, other)).abs().amax(2)[0] > 1e-6
+    assert not differs[:-2].any() and differs[-2:].all()  # logits of position i come from what i-1 is told
+    quiz = boards("easy", 1)
+    ids, target, at = m.in_order(*m.encode(quiz, config(), "ar"), config(), "ar")
+    clues = sum(c != "0" for c in quiz[0][0])
+    assert not target[0, :clues].any() and target[0, clues:].all()
+    assert (at[0, clues:].diff() > 0).all() and (at[0, :clues].diff() > 0).all()
 
 
 @pytest.mark.peers
@@ -166,7 +194,7 @@ def test_logits_equal_transformers_gpt2(arm):
     with torch.no_grad():
         theirs = peer(ids[..., 0], **everything).logits
         model.shift = False
-        assert (model(ids) - theirs).abs().max() < 1e-5
+        assert (model(ids, places(ids)) - theirs).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------- method: the forward process
@@ -204,7 +232,7 @@ def test_sequence_weights():
 def test_corrupt_gives_each_arm_its_own_problem():
     """(official code) mdm a noisy answer, ar the true one, teacherless none; t covers 0..T-1 evenly."""
     cfg = config(task="path", T=4)
-    ids, target = m.encode([EXAMPLE] * 4000, cfg, "ar")
+    ids, target, _ = m.in_order(*m.encode([EXAMPLE] * 4000, cfg, "ar"), cfg, "ar")
     generator = torch.Generator().manual_seed(0)
     noisy, asked, weight = m.corrupt(ids, target, "mdm", cfg, generator)
     assert torch.equal(noisy[..., 0] == m.MASK, asked) and (asked <= target).all()
@@ -275,9 +303,9 @@ def test_loss_asks_only_at_asked_positions(arm):
     """(official code) Gradients of the logits are exactly 0 elsewhere; the baselines take no token weight."""
     table = torch.randn(4, 6, m.VOCAB, requires_grad=True)
     asked = torch.rand(4, 6) < 0.5
-    part = dict(noisy=None, asked=asked, answer=torch.randint(m.VOCAB, (4, 6)), weight=torch.rand(4) + 1)
+    part = dict(noisy=None, at=None, asked=asked, answer=torch.randint(m.VOCAB, (4, 6)), weight=torch.rand(4) + 1)
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    loss, count = m.make_loss(config(alpha=0.5, beta=2.0), run, arm)(lambda noisy, rows: table[rows], part)
+    loss, count = m.make_loss(config(alpha=0.5, beta=2.0), run, arm)(lambda noisy, at, rows: table[rows], part)
     u = F.cross_entropy(table.flatten(0, 1), part["answer"].flatten(), reduction="none").view(4, 6)
     v = 0.5 * (1 - torch.exp(-u)) ** 2 if arm == "mdm" else 1.0
     assert (
@@ -344,7 +372,8 @@ class Fake:
     def __init__(self, function):
         self.function, self.seen = function, []
 
-    def __call__(self, ids):
+    def __call__(self, ids, at):
+        assert at.shape == ids.shape[:2]
         self.seen.append(ids[..., 0].clone())
         return self.function(ids, len(self.seen)).clone()
 
@@ -364,7 +393,7 @@ def test_easy_first_counts(n, T, commit):
     ids, target = canvas(n, rows=3)
     ids[..., 0] = B
     model = Fake(spread)
-    x, _ = m.decode(model, ids, target, steps=T, commit=commit)
+    x, _ = m.decode(model, ids, target, places(ids), steps=T, commit=commit)
     left = [(seen == m.MASK).sum(1).tolist() for seen in model.seen]
     assert left == [[n * (T - s) // T] * 3 for s in range(T)]
     assert torch.equal(x[..., 0], torch.where(target, A, B)) and (ids == B).all()
@@ -384,7 +413,7 @@ def test_choose_keeps_the_lowest_scores_masked():
 def test_equal_scores_go_left_to_right():
     """Alg. easy-first, as the docstring of the file says."""
     ids, target = canvas(4)
-    _, call = m.decode(Fake(lambda ids, call: torch.zeros(*ids.shape[:2], m.VOCAB)), ids, target, steps=0)
+    _, call = m.decode(Fake(lambda ids, call: torch.zeros(*ids.shape[:2], m.VOCAB)), ids, target, places(ids), steps=0)
     stay = m.choose(torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool), torch.tensor([3]))
     assert stay.tolist() == [[False, True, True, True]] and call[0, 2:].tolist() == [1, 2, 3, 4]
 
@@ -396,7 +425,7 @@ def test_easy_first_one_position_a_call(steps):
     ids[1, 2:5] = B
     target[1, 2:5] = False  # a row with six gaps
     model = Fake(lambda ids, call: spread(ids, call, B))
-    _, call = m.decode(model, ids, target, steps=steps)
+    _, call = m.decode(model, ids, target, places(ids), steps=steps)
     assert sorted(call[0, target[0]].tolist()) == list(range(1, 10)) and len(model.seen) == 9
     assert steps != 0 or sorted(call[1, target[1]].tolist()) == list(range(1, 7))
     assert len(set(call[1, target[1]].tolist())) == 6 or steps == 9
@@ -408,10 +437,10 @@ def test_one_call_is_the_argmax():
     ids, target = m.encode(boards("easy", 8), cfg, "mdm")
     hidden = ids.masked_fill(target[..., None], m.MASK)
     with torch.no_grad():
-        logits = model(hidden)
+        logits = model(hidden, places(hidden))
     logits[..., [m.SEP, m.MASK, m.UNK]] = -math.inf
     for commit in ("freeze", "revise"):
-        x, call = m.decode(model, ids, target, steps=1, commit=commit)
+        x, call = m.decode(model, ids, target, places(ids), steps=1, commit=commit)
         assert torch.equal(x[..., 0], torch.where(target, logits.argmax(-1), ids[..., 0]))
         assert torch.equal(call, target.long())
 
@@ -426,7 +455,7 @@ def test_decode_fills_the_answer_and_keeps_the_question(order, commit, threshold
     with torch.no_grad():
         model.wte.weight[[m.SEP, m.MASK, m.UNK]] *= 9  # a network that wants to say them
     for steps in (0, 1, 3, 20):
-        x, call = m.decode(model, ids, target, steps, order, commit, threshold)
+        x, call = m.decode(model, ids, target, places(ids), steps, order, commit, threshold)
         assert torch.equal(x[~target], ids[~target]) and torch.equal(x[..., 1], ids[..., 1])
         assert not torch.isin(x[..., 0][target], torch.tensor([m.SEP, m.MASK, m.UNK])).any()
         assert (call[~target] == 0).all() and (call[target] > 0).all()
@@ -440,11 +469,11 @@ def test_freeze_keeps_and_revise_changes():
 
     ids, target = canvas(8, rows=3)
     frozen = Fake(fickle)
-    x, call = m.decode(frozen, ids, target, steps=4)
+    x, call = m.decode(frozen, ids, target, places(ids), steps=4)
     for before, after in itertools.pairwise([*frozen.seen, x[..., 0]]):
         assert torch.equal(after[before != m.MASK], before[before != m.MASK])
     assert torch.equal((x[..., 0] - 5)[target], call[target])
-    x, call = m.decode(revised := Fake(fickle), ids, target, steps=4, commit="revise")
+    x, call = m.decode(revised := Fake(fickle), ids, target, places(ids), steps=4, commit="revise")
     assert (x[..., 0][target] == 9).all() and (call[target] == 4).all()
     assert any(((a != m.MASK) & (a != b))[target].any() for a, b in itertools.pairwise(revised.seen))
 
@@ -454,7 +483,7 @@ def test_the_call_that_changed_a_position_last():
     ids, target = canvas(8, rows=2)
     ids.fill_(B)
     steady = Fake(lambda ids, call: spread(ids, 1))
-    calls = [m.decode(steady, ids, target, 4, commit=commit)[1] for commit in ("freeze", "revise")]
+    calls = [m.decode(steady, ids, target, places(ids), 4, commit=commit)[1] for commit in ("freeze", "revise")]
     assert torch.equal(*calls) and calls[0][0, target[0]].sort().values.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
@@ -468,7 +497,7 @@ def test_revise_may_mask_a_revealed_token_again():
 
     ids, target = canvas(4, L=4)
     model = Fake(turning)
-    x, _ = m.decode(model, ids, target, steps=4, commit="revise")
+    x, _ = m.decode(model, ids, target, places(ids), steps=4, commit="revise")
     masked = [(seen[0] == m.MASK).nonzero()[:, 0].tolist() for seen in model.seen]
     assert masked == [[0, 1, 2, 3], [0, 1, 2], [2, 3], [0]] and (x != m.MASK).all()
 
@@ -482,7 +511,7 @@ def test_threshold_reveals_all_above_and_at_least_one():
         return logits
 
     ids, target = canvas(5, L=5)
-    _, call = m.decode(model := Fake(sure), ids.fill_(B), target, steps=0, threshold=0.9)
+    _, call = m.decode(model := Fake(sure), ids.fill_(B), target, places(ids), steps=0, threshold=0.9)
     assert call.tolist() == [[1, 4, 1, 3, 2]] and len(model.seen) == 4
 
 
@@ -500,11 +529,11 @@ def test_orders_score_what_they_say():
     assert torch.allclose(margin, torch.tensor([[0.05, 0.2, 0.1]]) / norm, atol=1e-5)
     ids, target = canvas(4, L=4)
     ids.fill_(B)
-    assert m.decode(Fake(spread), ids, target, 0, "l2r")[1].tolist() == [[1, 2, 3, 4]]
+    assert m.decode(Fake(spread), ids, target, places(ids), 0, "l2r")[1].tolist() == [[1, 2, 3, 4]]
     rows = 3000
     ids, target = canvas(3, rows, L=3)
     generator = torch.Generator().manual_seed(0)
-    call = m.decode(Fake(spread), ids.fill_(B), target, 0, "random", generator=generator)[1]
+    call = m.decode(Fake(spread), ids.fill_(B), target, places(ids), 0, "random", generator=generator)[1]
     orders = collections.Counter(map(tuple, call.tolist()))
     assert len(orders) == 6 and all(abs(n / rows - 1 / 6) < 0.04 for n in orders.values())
 
@@ -523,7 +552,7 @@ def test_two_calls_make_two_answers_agree(steps, agreement):
         return logits
 
     ids, target = canvas(2, rows=4000, L=2)
-    x = m.decode(Fake(joint), ids, target, steps)[0][..., 0]
+    x = m.decode(Fake(joint), ids, target, places(ids), steps)[0][..., 0]
     assert (x[:, 0] == x[:, 1]).float().mean() == pytest.approx(agreement, abs=0.03 if steps == 1 else 0)
     assert (x[:, 0] == A).float().mean() == pytest.approx(0.5, abs=0.03)
 
@@ -578,9 +607,9 @@ def test_easy_first_with_an_oracle_solves_sudoku():
 
     problems = boards("easy", 4)
     ids, target = m.encode(problems, config(), "mdm")
-    x, _ = m.decode(Fake(oracle), ids, target, steps=0)
+    x, _ = m.decode(Fake(oracle), ids, target, places(ids), steps=0)
     assert torch.equal(x, ids)
-    x, call = m.decode(Fake(oracle), ids, target, steps=0, threshold=0.99)
+    x, call = m.decode(Fake(oracle), ids, target, places(ids), steps=0, threshold=0.99)
     rounds = [slow_singles(map(int, quiz), False)[1] for quiz, _ in problems]
     assert torch.equal(x, ids) and call.amax(1).tolist() == rounds and min(rounds) >= 2
 
@@ -590,18 +619,18 @@ def test_kv_cache_changes_nothing(arm, changes):
     """Greedy decoding with a cache equals greedy decoding that reads everything anew."""
     cfg, model = network(arm, noise=0.5, task="path", **changes)
     problems = [p for p in m.path_problems(40, "pd3", np.random.default_rng(1)) if len(p[0]) == 47][:5]
-    ids, target = m.encode(problems or [EXAMPLE], cfg, arm)
+    ids, target, at = m.in_order(*m.encode(problems or [EXAMPLE], cfg, arm), cfg, arm)
     prompt = int(target[0].int().argmax())
     x, done = ids.clone(), torch.zeros(len(ids), dtype=torch.bool)
     x[:, prompt:] = m.PAD
     for i in range(prompt, ids.shape[1]):
         with torch.no_grad():
-            logits = model(x)[:, i]
+            logits = model(x, at)[:, i]
         logits[:, [m.PAD, m.SEP, m.MASK, m.UNK]] = -math.inf
         x[:, i, 0] = torch.where(done, m.PAD, logits.argmax(1))
         done |= x[:, i, 0] == m.EOS
-    assert torch.equal(m.decode_left_to_right(model, ids, prompt), x)
-    assert len(x[:, prompt:, 0].unique()) > 2
+    assert torch.equal(m.decode_left_to_right(model, ids, at, prompt), x)
+    assert len(x[:, prompt:, 0].unique()) > 1
 
 
 def test_questions_of_one_length_are_answered_together():
@@ -746,8 +775,8 @@ def test_vocabulary_is_the_official_one():
 def test_published_path_round_trips(layout, arm):
     cfg = config(task="path", **layout)
     ids, target = m.encode([EXAMPLE], cfg, arm)
-    route = m.reverse_path(EXAMPLE[1]) if arm == "ar_rev" else EXAMPLE[1]
-    begin = 11 if cfg.canvas == "inplace" and arm == "mdm" else int(target[0].int().argmax())
+    route = m.reverse_path(EXAMPLE[1]) if arm == "ar_rev" and layout else EXAMPLE[1]
+    begin = int(target[0].int().argmax()) if layout else 11
     assert m.to_text(ids[0, begin:, 0].tolist(), cfg) == route
     if layout:
         assert m.to_text([*ids[0, : begin - 1, 0].tolist(), m.EOS], cfg) == EXAMPLE[0]
@@ -786,20 +815,16 @@ def test_exact_ids_of_a_path_in_place():
     assert ids[0, [0, 1, 10]].tolist() == [[11, 7], [7, 21], [13, 8]]  # 6,2  2,10  8,3 (ten is "a")
     assert ids[0, 11:].tolist() == [[13, 0], [7, 0], [5, 0], [22, 0], [10, 0], [8, 0]]
     assert target[0].tolist() == [False] * 12 + [True] * 4 + [False]
-    ids, target = m.encode([EXAMPLE], config(task="path"), "teacherless")
-    assert (
-        ids[0, [11, 18]].tolist() == [[m.SEP, 0], [m.EOS, 0]]
-        and target[0].tolist() == [False] * 12 + [True] * 7
-    )
+    ids, target = m.encode([EXAMPLE], config(task="path", canvas="source"), "teacherless")
+    assert ids[0, [11, 18]].tolist() == [[m.SEP, 0], [m.EOS, 0]]
+    assert target[0].tolist() == [False] * 12 + [True] * 7
 
 
 def test_lengths():
-    lengths = [m.encode(boards("easy", 2), config(), arm)[0].shape[1] for arm in ("mdm", "ar")]
     path = [config(task="path"), config(task="path", canvas="source"), config(task="path", **OFFICIAL)]
-    lengths += [m.encode([EXAMPLE], cfg, "mdm")[0].shape[1] for cfg in path]
-    assert lengths == [81, 164, 17, 19, 75]
-    lengths = [m.encode([EXAMPLE], cfg, "ar")[0].shape[1] for cfg in path]
-    assert lengths == [19, 19, 75]
+    for arm in ("mdm", "ar"):
+        lengths = [m.encode(boards("easy", 2), config(canvas=c), arm)[0].shape[1] for c in ("inplace", "source")]
+        assert lengths + [m.encode([EXAMPLE], cfg, arm)[0].shape[1] for cfg in path] == [81, 164, 17, 19, 75]
     longest = max(
         len(s) + len(t) + 2
         for d in range(6)
@@ -1010,7 +1035,7 @@ def test_accumulation_does_not_change_the_gradient(arm):
     data, model, _ = m.prepare(cfg, cpu_run(), arm, problems)
     batch = m.make_batch(cfg, cpu_run(), arm, data, 0)
     asked = batch["asked"]
-    u = F.cross_entropy(model(batch["noisy"])[asked], batch["answer"][asked], reduction="none")
+    u = F.cross_entropy(model(batch["noisy"], batch["at"])[asked], batch["answer"][asked], reduction="none")
     w = batch["weight"][:, None].expand_as(asked)[asked] * (0.25 * (1 - torch.exp(-u)) if arm == "mdm" else 1)
     by_hand = (w * u).sum() / asked.sum()
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(by_hand, list(model.parameters()))])
@@ -1027,7 +1052,7 @@ def test_accumulation_does_not_change_the_gradient(arm):
 def test_nothing_masked_is_no_division_by_zero():
     cfg, model = network(task="path")
     ids, target = m.encode([EXAMPLE], cfg, "mdm")
-    batch = dict(noisy=ids, asked=target & False, answer=ids[..., 0], weight=torch.ones(1))
+    batch = dict(noisy=ids, at=places(ids), asked=target & False, answer=ids[..., 0], weight=torch.ones(1))
     assert m.accumulate(model, batch, 1, m.make_loss(cfg, cpu_run(), "mdm")) == 0
     assert all((p.grad == 0).all() for p in model.parameters())
 
@@ -1086,9 +1111,10 @@ def test_smoke(smoke):
         assert result == json.loads((run.out / "result.json").read_text()) and "CLAIM" not in run.stdout
         wanted = {"config.json", "log.jsonl", "result.json", "state.pt", "plot.png"}
         assert wanted | {f"{arm}.safetensors" for arm in arms} == {p.name for p in run.out.iterdir()}
-        metrics, cells = result["metrics"], itertools.product(arms, classes, ("", " strict"))
+        metrics, second = result["metrics"], "blanks" if result["task"] == "sudoku" else "official"
+        cells = itertools.product(arms, classes, ("", f" {second}"))
         assert all(0 <= metrics[f"{arm}/{group}{more}"] <= 1 for arm, group, more in cells)
-        assert {key.split("/")[0] for key in metrics} == {*arms, *(f"mdm {name}" for name in m.SWEEP[result["task"]])}
+        assert {key.split("/")[0] for key in metrics} == {*arms, *(f"mdm {name}" for name in m.SWEEP)}
         assert metrics["mdm 1 call/calls"] == 1 and all(np.isfinite(x) for x in metrics.values())
         log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
         assert {line["name"] for line in log} == set(arms) and result["method_hash"] == m.method_hash()
