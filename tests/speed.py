@@ -4,8 +4,8 @@
 
 python tests/speed.py [--size tiny] [--batch 32]   # needs transformers; run it on an idle machine
 
-Training: one step = forward, backward, AdamW. `ar` reads the peer's own 164 positions; `mdm` fills its 81 in place.
-Decoding: answers a second at batch 1 and 256, greedy with a cache (the peer: generate) or in 20 calls (mdm).
+Training: one step = forward, backward, AdamW. Decoding: answers a second at batch 1 and 256, greedy with a cache (the
+peer: generate) or in 20 calls (mdm). Peer, ar and mdm have the paper's 164 positions; "in place" is mdm on 81.
 Every number is the median of rounds in which all contenders take turns; ratios are within one round.
 """
 import argparse
@@ -47,7 +47,7 @@ def show(title, seconds, boards):
     """Boards a second of each contender, and the median ratio to the peer."""
     for name, times in seconds.items():
         ratio = statistics.median(p / t for p, t in zip(seconds["GPT-2"], times))
-        print(f"{title:24}{name:8}{boards / statistics.median(times):10.1f} boards/s{ratio:8.2f} x")
+        print(f"{title:24}{name:10}{boards / statistics.median(times):10.1f} boards/s{ratio:8.2f} x")
 
 
 def main():
@@ -56,12 +56,14 @@ def main():
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    cfg = m.Config(size=args.size, batch_size=args.batch)
+    layouts = {"ar": dict(canvas="source"), "mdm": dict(canvas="source"), "in place": {}}
+    cfgs = {name: m.Config(size=args.size, batch_size=args.batch, **layout) for name, layout in layouts.items()}
+    arms = {"ar": "ar", "mdm": "mdm", "in place": "mdm"}
     run = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, rank=0, world=1)
     problems = m.sudoku_problems(256, "easy", np.random.default_rng(0))
-    gpt2 = peer(cfg)
+    gpt2 = peer(cfgs["ar"])
     optimizer = torch.optim.AdamW(gpt2.parameters(), 1e-3)
-    ids, target = m.encode(problems[: args.batch], cfg, "ar")
+    ids, target = m.encode(problems[: args.batch], cfgs["ar"], "ar")
     labels = ids[..., 0].where(target, -100)
 
     def peer_step():
@@ -70,7 +72,8 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
 
-    def our_step(arm):
+    def our_step(name):
+        cfg, arm = cfgs[name], arms[name]
         data, model, adamw = m.prepare(cfg, run, arm, problems)
         loss = m.make_loss(cfg, run, arm)
 
@@ -81,20 +84,20 @@ def main():
 
         return step
 
-    steps = {"GPT-2": peer_step, "ar": our_step("ar"), "mdm": our_step("mdm")}
+    steps = {"GPT-2": peer_step} | {name: our_step(name) for name in arms}
     show(f"train, batch {args.batch}", rounds(steps, args.rounds), args.batch)
-    models = {arm: m.build(cfg, arm).eval() for arm in ("ar", "mdm")}
+    models = {name: m.build(cfgs[name], arm).eval() for name, arm in arms.items()}
     gpt2.eval()
     for batch in (1, 256):
         some = problems[:batch]
-        prompt = m.encode(some, cfg, "ar")[0][:, :82, 0]
+        prompt = m.encode(some, cfgs["ar"], "ar")[0][:, :82, 0]
 
         def generate():
             with torch.no_grad(), contextlib.redirect_stderr(None):
                 gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=82,
                               max_new_tokens=82)
 
-        answers = {arm: (lambda arm=arm: m.answer(models[arm], arm, some, cfg, 256)) for arm in models}
+        answers = {name: (lambda name=name: m.answer(models[name], arms[name], some, cfgs[name], 256)) for name in arms}
         show(f"decode, batch {batch}", rounds({"GPT-2": generate} | answers, 3), batch)
 
 
