@@ -457,9 +457,9 @@ FORMS = dict(  # what a question looks like, as a pattern and in words
     path=(f"({EDGE}/){{9}}{EDGE}-{EDGE}", "6,2/2,10/...-start,goal with ten edges"),
 )
 FORMS |= {f"cd{k}": (r"(\d{1,3},){%d}\d{1,3}" % k, f"{k} numbers and the target, as in 5,3,9,72") for k in (3, 4, 5)}
+CLAUSE = {n: ",".join(["[" + "".join(LITERALS[n]) + "]"] * 3) for n in CLAUSES}
 FORMS |= {
-    f"sat{n}": ("([{0}],[{0}],[{0}](/|$)){{{1}}}".format("".join(LITERALS[n]), m), f"{m} clauses, as in 1,4,5/1,9,0")
-    for n, m in CLAUSES.items()
+    f"sat{n}": (f"({CLAUSE[n]}/){{{m - 1}}}{CLAUSE[n]}", f"{m} clauses, as in 1,4,5/1,9,0") for n, m in CLAUSES.items()
 }
 
 
@@ -1442,11 +1442,11 @@ def draw_trace(path, problem, model, cfg):
     (text,), calls = answer(model.eval(), "mdm", [problem], cfg)
     board, question = cfg.task == "sudoku", len(to_symbols(*problem, cfg)[0])
     if board or cfg.format == "chars":
-        labels = list(text.ljust(81 * board, "?"))
+        labels = list(text.ljust(81 * board, "?")) or ["?"]
     elif cfg.task == "path":
         labels = re.findall(r"\d+", text)[::2] + re.findall(r"\d+$", text)  # the six nodes
     else:
-        labels = re.findall(r"\d+|[-+*/a-j?]", text)
+        labels = re.findall(r"\d+|[-+*/a-j?]", text) or ["?"]
     begin = question + 1 if cfg.canvas == "source" else 0 if board else question
     calls, width = calls[0, begin : begin + len(labels)].tolist(), 9 if board else len(labels)
     figure = Figure(figsize=(9, 4.6) if board else (9, 1.8), layout="constrained")
