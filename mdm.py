@@ -220,8 +220,12 @@ SCALES |= {f"{scale}:sat{n}": row for n in (5, 7, 9) for scale, row in OF_SAT.it
 SCALES["paper:sat9"] = dict(n_train=100_000, steps=58_600)
 SCALES["small:cd4"] = COUNTDOWN | dict(n_train=50_000, steps=4200)
 SCALES["small:cd5"] = COUNTDOWN | dict(n_train=20_000, steps=2800)
-TRIED = dict(mdm=21, ar=5, ar_rev=1, teacherless=1)  # configurations (learning rate, batch, width, initial weights)
-TRIED = dict(sudoku=TRIED, path=TRIED, cd=dict(mdm=6, ar=2), sat=dict(mdm=1, ar=1))
+TRIED = dict(  # configurations looked at on separate problems (learning rate, batch, width, heads, initial weights)
+    sudoku=dict(mdm=22, ar=8),
+    path=dict(mdm=21, ar=5, ar_rev=1, teacherless=1),  # most of them on sudoku and taken over
+    cd=dict(mdm=6, ar=2),
+    sat=dict(mdm=1, ar=1),
+)
 
 
 # ---------------------------------------------------------------- 2. Data (official generators)
