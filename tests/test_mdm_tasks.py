@@ -235,7 +235,7 @@ WRONG = {  # answer to 5,3,9,72: is it right for the authors' script?
     "5+3=8": False,  # an unused number
     "8*9=72": True,  # a number that is not there
     "5+3=9,9*9=81": False,
-    "5+3=9,8*9=72": False,  # false, then true
+    "5-3=8,8*9=72": False,  # false, then true
     "5+3=8,8*9=73": False,
     "3+5=8,8+8=16,16+56=72": True,  # a number used twice
     "3+3=6,6+66=72": True,
@@ -267,6 +267,14 @@ def test_grade_right_countdowns(text):
 def test_grade_wrong_countdowns(text):
     """Strictly wrong all of them; the authors' script checks neither which numbers are used nor how many."""
     assert m.grade("cd3", *EASY, text) == (False, WRONG[text])
+
+
+def test_grade_unused_numbers():
+    """The right value is not enough: nothing else may be left."""
+    assert m.grade("cd3", "5,3,9,8", "", "5+3=8") == (False, True)
+    assert m.grade("cd3", "5,3,9,8", "", "9-5=4,3+5=8") == (False, True)
+    assert m.grade("cd4", "5,3,1,1,8", "", "1*5=5,3+5=8") == (False, True)
+    assert m.grade("cd4", "5,3,1,1,8", "", "1*5=5,3+5=8,8*1=8") == (True, True)
 
 
 def test_grade_equal_numbers():
@@ -335,7 +343,7 @@ def test_where_the_plan_is_lost():
     assert errors(EASY, "5+3=8,8*9=72") == [(0, 0), (0, 0)]
     assert errors(EASY, "5-3=2,2*9=18") == [(0, 1), (0, 1)]  # 2 and 9 cannot make 72
     assert errors(EASY, "5+3=9,9*9=81") == [(1, 1), (0, 1)]
-    assert errors(EASY, "5+3=9,8*9=72") == [(1, 1), (0, 1)]  # the false one tells what was meant
+    assert errors(EASY, "5-3=8,8*9=72") == [(1, 1), (0, 1)]  # what a false one claims is not at hand
     assert errors(EASY, "5+3=8,8*9=73") == [(0, 0), (1, 1)]
     assert errors(EASY, "70+2=72,5+3=8") == [(0, 1), (0, 1)]
     assert errors(EASY, "") == errors(EASY, "?") == errors(EASY, "5/0=5") == [(1, 1), (1, 1)]

@@ -180,7 +180,7 @@ def depth(node):
     return max(map(below, ast.iter_child_nodes(node)), default=0) + isinstance(node, NESTS)
 
 
-LONGER = dict(mdm=(1550, 1350))  # eight tasks of four kinds; every other script keeps to the design
+LONGER = dict(mdm=(1560, 1370))  # eight tasks of four kinds, asked for in one file; the others keep to the design
 
 
 @each_script
