@@ -99,7 +99,7 @@ class Config:
     seed: int = 0  # training problems, initial weights, order and masks; not the held-out problems
     # data
     n_train: int = 6000  # training problems (paper: 100k sudoku, sat9; 50k path, sat5, sat7; 500k cd)
-    n_val: int = 100  # held-out problems of the learning curve, per class
+    n_val: int = 60  # held-out problems of the learning curve, per class
     n_test: int = 500  # held-out problems of the final table, per class (paper: 1k in all)
     levels: str = "easy,medium,tough"  # comma list of easy, medium, tough, hard: sudoku training boards
     test_levels: str = "easy,medium,tough"  # the same for the held-out boards
@@ -129,7 +129,7 @@ class Config:
     commit: str = "freeze"  # freeze|revise: revealed tokens stay, or every call may change them (official)
     threshold: float = 0.0  # also reveal all of higher probability; 0 = off; alone with --decode-steps 0
     # training
-    steps: int = 5000  # optimizer steps of each arm
+    steps: int = 4400  # optimizer steps of each arm
     batch_size: int = 32  # problems in one optimizer step, over all devices (paper: 1024)
     micro_batch: int = 0  # problems per forward pass; 0 = no split; saves memory, same gradient but for dropout
     lr: float = 3e-3  # peak learning rate, cosine to 0 (paper: 1e-3 for tiny, 3e-4 for base)
@@ -174,8 +174,6 @@ class Config:
             fail("--shift needs --canvas source: the first position in place has no left neighbour to be read at")
         if bool(self.solve) != bool(self.load):
             fail("--solve FILE and --load DIR go together: the problems, and the directory of a finished run")
-        if self.kernels and not torch.cuda.is_available():
-            fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
         for name, value in SIZES[self.size].items():
             setattr(self, name, getattr(self, name) or value)
         if self.n_embd % self.n_head:
@@ -193,14 +191,14 @@ TINY_RUN = dict(n_train=64, n_val=4, n_test=6, steps=6, batch_size=8, n_layer=1,
 PUBLISHED = dict(format="chars", canvas="source", positions="learned", shift=True, augment=False, size="tiny")
 PUBLISHED |= dict(batch_size=1024, lr=1e-3, warmup_steps=0, beta2=0.999, dropout=0.1, compile=True)
 PUBLISHED |= dict(levels="easy", test_levels="easy", n_train=100_000, n_test=1000)
-PATH = dict(arms="mdm,ar,ar_rev,teacherless", n_train=50_000, n_test=200, n_layer=3, batch_size=128)
-SAT = dict(n_train=50_000, batch_size=128, eval_every=250)
-COUNTDOWN = dict(n_train=100_000, batch_size=128, n_layer=3, lr=2e-3, steps=6000)
+PATH = dict(arms="mdm,ar,ar_rev,teacherless", n_train=50_000, n_val=100, n_test=200, n_layer=3, batch_size=128)
+SAT = dict(n_train=50_000, n_val=200, batch_size=128, eval_every=200)
+COUNTDOWN = dict(n_train=100_000, n_val=200, batch_size=128, n_layer=3, lr=2e-3, steps=6000)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(**TINY_RUN, eval_every=3, save_every=2, log_every=2),
     "small": {},
     "small:path": dict(**PATH, steps=2000, eval_every=100),
-    "long": dict(n_train=20_000, steps=30_000, eval_every=5000, test_levels="easy,medium,tough,hard", n_test=300),
+    "long": dict(n_train=20_000, steps=20_000, eval_every=4000, test_levels="easy,medium,tough,hard", n_test=300),
     "long:path": dict(**PATH, steps=10_000, eval_every=250),
     "paper": dict(**PUBLISHED, steps=29_300, eval_every=1000),
     "paper:path": dict(arms=PATH["arms"], n_train=50_000, n_test=167, steps=4900, eval_every=200),
@@ -218,6 +216,7 @@ OF_SAT = dict(
 SCALES |= {f"{scale}:cd{k}": row for k in (3, 4, 5) for scale, row in OF_COUNTDOWN.items()}
 SCALES |= {f"{scale}:sat{n}": row for n in (5, 7, 9) for scale, row in OF_SAT.items()}
 SCALES["paper:sat9"] = dict(n_train=100_000, steps=58_600)
+SCALES["small:sat5"] = SAT | dict(steps=1200)
 SCALES["small:cd4"] = COUNTDOWN | dict(n_train=50_000, steps=4200)
 SCALES["small:cd5"] = COUNTDOWN | dict(n_train=20_000, steps=2800)
 TRIED = dict(  # configurations looked at on separate problems (learning rate, batch, width, heads, initial weights)
@@ -1262,13 +1261,14 @@ def verdict(statistic, ci, threshold):
     return "HOLDS" if ci[0] > threshold else "DOES NOT HOLD" if ci[1] < threshold else "INCONCLUSIVE"
 
 
-def method_hash():
-    """Hash of the syntax tree of sections 1-6 without docstrings: evidence is stale when it changes."""
-    tree = ast.parse(re.split(r"^# -{10,} 7\. ", Path(__file__).read_text("utf-8"), flags=re.M)[0])
+def method_hash(cfg):
+    """Hash of the settings and of the syntax tree of sections 2-6 without docstrings: a change makes evidence stale."""
+    parts = re.split(r"^# -{10,} [27]\. .*", Path(__file__).read_text("utf-8"), flags=re.M)
+    tree = ast.parse(parts[1])
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+    return hashlib.sha256((ast.dump(tree) + json.dumps(asdict(cfg))).encode()).hexdigest()[:12]
 
 
 def report(cfg, run, script, argv, found, claims, **record):
@@ -1287,7 +1287,7 @@ def report(cfg, run, script, argv, found, claims, **record):
     device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}"
     versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
     result = dict(script=script, task=cfg.task, scale=cfg.scale, tag=cfg.tag, seed=cfg.seed, argv=argv, commit=commit)
-    result |= dict(method_hash=method_hash(), device=device, threads=torch.get_num_threads(), versions=versions)
+    result |= dict(method_hash=method_hash(cfg), device=device, threads=torch.get_num_threads(), versions=versions)
     result |= record | dict(claims=rows)
     replace_file(run.out / "result.json", json.dumps(result, indent=1).encode())
     print("RESULT", json.dumps(result))
@@ -1511,6 +1511,8 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.solve:
         return solve(cfg)
+    if cfg.kernels and not torch.cuda.is_available():
+        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     names = dict(data=cfg.data, test_data=cfg.test_data)
     files = {flag: read_problems(name, cfg.task) for flag, name in names.items() if name}  # before anything is written
     run, began = start_run(cfg, "mdm"), time.perf_counter()

@@ -83,15 +83,24 @@ def claims(records, verdict):
     return "".join(lines)
 
 
-def source(records, method_hash):
-    """Command, cost and origin of the numbers, and STALE when sections 1 to 6 have changed since."""
+def hash_now(script, argv):
+    """The method hash that a run with these flags would have; "" where the script no longer takes them."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return script.method_hash(script.cli(script.Config, script.SCALES, argv))
+    except SystemExit:
+        return ""
+
+
+def source(records, script):
+    """Command, cost and origin of the numbers, and STALE when their settings or sections 2 to 6 have changed since."""
     lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
     runs = dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines)
     form = "{device}, {threads} threads, torch {versions[torch]}, commit {commit!s:.10}"
     facts = dict.fromkeys(form.format(**r) for r in records)
     seeds = ", ".join(str(r["seed"]) for r in records)
     minutes = statistics.fmean(r["minutes"] for r in records)
-    stale = ", **STALE**" if {r["method_hash"] for r in records} != {method_hash} else ""
+    stale = ", **STALE**" if [r["method_hash"] for r in records] != [hash_now(script, r["argv"]) for r in records] else ""
     return (f"{' and '.join(runs)}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
             f"{' and '.join(facts)}{stale}\n")
 
@@ -103,7 +112,7 @@ def render(key, columns, root):
     if not records:
         raise ValueError(f"there is no results/{key}-s<seed>.json")
     script = load(root / f"{records[0]['script']}.py")
-    parts = table(records, columns), claims(records, script.verdict), source(records, script.method_hash())
+    parts = table(records, columns), claims(records, script.verdict), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
 

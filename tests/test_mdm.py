@@ -926,6 +926,20 @@ def test_ranks_share_a_batch():
 
 
 # ---------------------------------------------------------------- evaluation and claims
+def test_method_hash_knows_settings_and_method(tmp_path, monkeypatch):
+    """Other settings or another line of sections 2-6 give another hash; other docstrings, plumbing or scales do not."""
+    text, hashes = Path(m.__file__).read_text(), {}
+    edits = dict(same=("", ""), method=("return alpha * (-", "return alpha * (+"), words=("v(u) = alpha", "V(u) = alpha"),
+                 plumbing=("# --- end block ---", "X = 1\n# --- end block ---"), scales=("steps=293_000", "steps=1"))
+    for name, (old, new) in edits.items():
+        assert old in text
+        (tmp_path / f"{name}.py").write_text(text.replace(old, new) if old else text)
+        monkeypatch.setattr(m, "__file__", str(tmp_path / f"{name}.py"))
+        hashes[name] = m.method_hash(config())
+        assert hashes[name] != m.method_hash(config(lr=1e-4))
+    assert hashes["same"] == hashes["words"] == hashes["plumbing"] == hashes["scales"] != hashes["method"]
+
+
 def test_grade_sudoku():
     quiz, solution = boards("easy", 2)[0]
     given, blank = quiz.index(next(c for c in quiz if c != "0")), quiz.index("0")
@@ -1119,7 +1133,7 @@ def test_smoke(smoke):
         assert {key.split("/")[0] for key in metrics} == {*arms, *(f"mdm {name}" for name in m.SWEEP)}
         assert metrics["mdm 1 call/calls"] == 1 and all(np.isfinite(x) for x in metrics.values())
         log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-        assert {line["name"] for line in log} == set(arms) and result["method_hash"] == m.method_hash()
+        assert {line["name"] for line in log} == set(arms) and len(result["method_hash"]) == 12
 
 
 def test_kill_and_resume_and_ctrl_c(kill_and_resume, alone):

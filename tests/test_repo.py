@@ -86,7 +86,7 @@ def test_sections_stand_in_order(name):
 def test_contract(name):
     script = importlib.import_module(name)
     assert {"smoke", "small", "long", "paper"} <= set(script.SCALES)
-    assert script.CLAIMS and len(script.method_hash()) >= 8
+    assert script.CLAIMS and len(script.method_hash(script.cli(script.Config, script.SCALES, []))) >= 8
     outcomes = [script.verdict(x, [x - 1, x + 1], 0.0) for x in (2.0, -2.0, 0.5)]
     assert outcomes == ["HOLDS", "DOES NOT HOLD", "INCONCLUSIVE"]
 

@@ -145,11 +145,12 @@ SCRIPT = '''
 Config, SCALES = None, {}
 def verdict(statistic, ci, threshold):
     return "HOLDS" if ci[0] > threshold else "INCONCLUSIVE"
-def method_hash():
-    return "h1"
+def method_hash(cfg):
+    return cfg
 def cli(cls, scales, argv):
     if "--bad" in argv:
         raise SystemExit(2)
+    return "h1"
 '''
 REGION = "Text\n<!-- results: toy-t-small-main columns: nll, acc x -->\nformer\n<!-- end results -->\nEnd\n"
 
