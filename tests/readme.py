@@ -100,7 +100,7 @@ def source(records, script):
     facts = dict.fromkeys(form.format(**r) for r in records)
     seeds = ", ".join(str(r["seed"]) for r in records)
     minutes = statistics.fmean(r["minutes"] for r in records)
-    stale = ", **STALE**" if [r["method_hash"] for r in records] != [hash_now(script, r["argv"]) for r in records] else ""
+    stale = ", **STALE**" if any(r["method_hash"] != hash_now(script, r["argv"]) for r in records) else ""
     return (f"{' and '.join(runs)}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
             f"{' and '.join(facts)}{stale}\n")
 

@@ -703,7 +703,8 @@ def test_solutions_against_brute_force():
 
 
 @pytest.mark.parametrize(
-    "level, n, clues", [("easy", 12, (30, 36)), ("medium", 12, (34, 34)), ("tough", 12, (22, 47)), ("hard", 1, (17, 25))]
+    "level, n, clues",
+    [("easy", 12, (30, 36)), ("medium", 12, (34, 34)), ("tough", 12, (22, 47)), ("hard", 1, (17, 25))],
 )
 def test_levels(level, n, clues):
     """One solution, the clues of the class, and exactly the singles that the class needs."""
@@ -929,7 +930,7 @@ def test_ranks_share_a_batch():
 def test_method_hash_knows_settings_and_method(tmp_path, monkeypatch):
     """Other settings or another line of sections 2-6 give another hash; other docstrings, plumbing or scales do not."""
     text, hashes = Path(m.__file__).read_text(), {}
-    edits = dict(same=("", ""), method=("return alpha * (-", "return alpha * (+"), words=("v(u) = alpha", "V(u) = alpha"),
+    edits = dict(same=("", ""), method=("return alpha * (-", "return alpha * (+"), words=("v(u) = al", "V(u) = al"),
                  plumbing=("# --- end block ---", "X = 1\n# --- end block ---"), scales=("steps=293_000", "steps=1"))
     for name, (old, new) in edits.items():
         assert old in text
