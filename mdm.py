@@ -1268,7 +1268,8 @@ def method_hash(cfg):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
-    return hashlib.sha256((ast.dump(tree) + json.dumps(asdict(cfg))).encode()).hexdigest()[:12]
+    settings = asdict(cfg) | dict(resume=False)  # a resumed run gives the same bits
+    return hashlib.sha256((ast.dump(tree) + json.dumps(settings)).encode()).hexdigest()[:12]
 
 
 def report(cfg, run, script, argv, found, claims, **record):
