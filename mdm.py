@@ -12,7 +12,7 @@ fill in masked answers at every noise level, and reveals the positions it is sur
 it solves sudokus and finds paths where an autoregressive model of the same size, data and updates does not.
 
   python mdm.py                 # sudoku, 11 min on 2 cores: 99.7 % of the easy test boards exact (3 seeds), ar 2.3 %
-  python mdm.py --task path     # 10 min: 99.8 % or more at every planning distance (3 seeds), ar 48 to 52 % from 2 on
+  python mdm.py --task path     # 10 min: 99.8 % or more at every planning distance (3 seeds), ar 49 to 52 % from 2 on
   python mdm.py --task cd3      # countdown; sat5: 3-SAT; no evidence yet
   python mdm.py --solve boards.txt --load out/mdm/sudoku-small-s0    # 81 digits a line, 0 for a blank
 
