@@ -11,11 +11,13 @@ def checked(name, impl="auto"):
     """The operation kernels.<name>.<name>, which at its first call compares itself with its reference.
 
     The comparison runs on copies of the real tensors: every output, and the gradient of the first output with
-    respect to the first argument. Outside the error rule of _common.assert_kernel it raises AssertionError.
+    respect to the first argument. Outside the error rule of _common.assert_kernel, or the operation's own
+    `rule`, it raises AssertionError.
     """
     module = importlib.import_module(f"kernels.{name}")
     from kernels._common import assert_kernel
 
+    rule = getattr(module, "rule", assert_kernel)
     kernel, reference = functools.partial(getattr(module, name), impl=impl), getattr(module, f"{name}_ref")
     unchecked = [name]
 
@@ -24,17 +26,22 @@ def checked(name, impl="auto"):
             results = (outcome(f, args, options, dtype) for f, dtype in (
                 (kernel, None), (reference, torch.float64), (reference, None)))
             for i, (out, ref64, eager) in enumerate(zip(*results)):
-                assert_kernel(f"{name}, output {i}", out, ref64, eager, args[0].numel())
+                rule(f"{name}, output {i}", out, ref64, eager, args[0].numel())
             unchecked.clear()
         return kernel(*args, **options)
 
     return operation
 
 
+def cast(args, dtype):
+    """Detached copies of the arguments, floating-point tensors in dtype (None: their own)."""
+    return [a.detach().to(dtype or a.dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+
+
 def outcome(function, args, options, dtype):
-    """Outputs on detached copies (floats in dtype, None for their own), then the first argument's gradient."""
-    copies = [a.detach().to(dtype or a.dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-    copies[0].requires_grad_()
+    """Outputs on copies of the arguments in dtype, then the first argument's gradient, where there is one."""
+    copies = cast(args, dtype)
+    copies[0].requires_grad_(copies[0].is_floating_point())
     outputs = function(*copies, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = torch.autograd.grad(outputs[0].sum(), copies[:1]) if outputs[0].requires_grad else ()

@@ -20,12 +20,14 @@ if __name__ == "__main__":                                   # before triton is 
     os.environ.pop("TRITON_INTERPRET", None)                 # an interpreting process cannot compile
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")   # the default changes between releases
 
+from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
-OPS = ("masked_focal_ce", "decode_scores")
+OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
+# of the row-wise operations, (R, V, dtype); the others bring CHECK_SHAPES and BENCH_SHAPES of their own
 CHECK_SHAPES = [(257, 31, torch.float32), (64, 50257, torch.float16), (32, 151936, torch.bfloat16)]
 BENCH_SHAPES = [(8192, 31, torch.float32), (4096, 50257, torch.bfloat16), (2048, 151936, torch.bfloat16)]
 
@@ -36,6 +38,11 @@ def table(rows):
     widths = [max(map(len, column)) for column in zip(*cells)]
     for line in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def by(numbers):
+    """(24, 24, 1) as 24x24x1."""
+    return "x".join(map(str, numbers))
 
 
 # ------------------------------------------------------------------ without a GPU: the compile report
@@ -77,14 +84,14 @@ def compile_case(case, arch):
 
 
 def compile_report(ops):
-    """One row per op, mode, case and architecture; the floor is per row of logits."""
+    """One row per op, mode, case and architecture; the floor is per row: of logits, of x (a token), of qa."""
     rows = []
     for op in ops:
         module = importlib.import_module(f"kernels.{op}")
         for case in module.AOT_CASES:
             itemsize = 4 if case["dtype"] == "fp32" else 2
-            n_bytes, flops = module.floor(1, case["V"], itemsize)[case["mode"]]
-            head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "V": case["V"]}
+            n_bytes, flops = module.floor(1, *case["size"], itemsize)[case["mode"]]
+            head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "size": by(case["size"])}
             for arch in TARGETS:
                 rows.append({**head, "arch": arch, **compile_case(case, arch),
                              "floor B/row": n_bytes, "floor FLOP/row": flops})
@@ -93,14 +100,15 @@ def compile_report(ops):
 
 # ------------------------------------------------------------------ with a GPU: check, then benchmark
 def check_op(module, device, shapes):
-    """AssertionError unless kernel outputs and gradients meet the error rule of _common on every shape."""
-    for R, V, dtype in shapes:
-        args = module.example(R, V, dtype, device)
+    """AssertionError unless kernel outputs and gradients meet the error rule (checked() says which) everywhere."""
+    rule = getattr(module, "rule", assert_kernel)
+    for *shape, dtype in shapes:
+        args = module.example(*shape, dtype, device)
         out = module.outputs(module.kernel, args)
         eager = module.outputs(module.reference, args)
-        ref64 = module.outputs(module.reference, (args[0].double(), *args[1:]))
+        ref64 = module.outputs(module.reference, cast(args, torch.float64))
         for name in out:
-            assert_kernel(f"{name} ({R}, {V}) {dtype}", out[name], ref64[name], eager[name], R + V)
+            rule(f"{name} {by(shape)} {dtype}", out[name], ref64[name], eager[name], sum(shape))
 
 
 def time_gpu(fn, grad_to_none=None):
@@ -123,17 +131,19 @@ def peak_memory(fn):
 
 
 def measured_peaks():
-    """(bytes/s of a 1 GiB copy, FLOP/s of an fp32 matmul without tf32): the denominators of the report."""
+    """Bytes/s of a 1 GiB copy; FLOP/s of matmuls in fp32 (without tf32), bf16 and int8: the denominators."""
     source = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a = torch.randn(8192, 8192, device="cuda")
+    b, c = a.bfloat16(), a.to(torch.int8)
     torch.backends.cuda.matmul.allow_tf32 = False
-    copy_ms, matmul_ms = time_gpu(lambda: target.copy_(source))[0], time_gpu(lambda: a @ a)[0]
-    return 2e3 * 2 ** 30 / copy_ms, 2e3 * 8192 ** 3 / matmul_ms
+    matmuls = {"fp32": lambda: a @ a.T, "bf16": lambda: b @ b.T, "int8": lambda: torch._int_mm(c, c.T)}
+    flops = {name: 2e3 * 8192 ** 3 / time_gpu(fn)[0] for name, fn in matmuls.items()}
+    return {"copy": 2e3 * 2 ** 30 / time_gpu(lambda: target.copy_(source))[0], **flops}
 
 
 def measure(fn, mode, grad, work, peaks):
-    """Time and memory of one thunk. work: the floor's (bytes, FLOPs), which all rates count."""
+    """Time and memory of one thunk. work: the floor's (bytes, FLOPs), which all rates count; peaks: of both."""
     fn()                                                     # compiles outside the timed region
     memory = peak_memory(fn)
     ms, low, high = time_gpu(fn, grad_to_none=[grad])
@@ -148,27 +158,31 @@ def measure(fn, mode, grad, work, peaks):
 
 
 def bench_op(op, device, shapes, peaks):
-    """One row per shape, mode and provider (kernel, eager, torch.compile)."""
+    """One row per shape, mode and provider (kernel, eager, torch.compile, ...)."""
     module, rows = importlib.import_module(f"kernels.{op}"), []
-    for R, V, dtype in shapes:
-        args = module.example(R, V, dtype, device)
-        floors = module.floor(R, V, args[0].element_size())
-        shape = {"R": R, "V": V, "dtype": str(dtype).removeprefix("torch.")}
+    for *shape, dtype in shapes:
+        args = module.example(*shape, dtype, device)
+        floors = module.floor(*shape, dtype.itemsize)
+        size = {"size": by(shape), "dtype": str(dtype).removeprefix("torch.")}
         for mode, providers in module.bench(args).items():
             for provider, fn in providers.items():
                 cost = measure(fn, mode, args[0], floors[mode], peaks)
-                rows.append({"op": op, "mode": mode, "provider": provider, **shape, **cost})
+                rows.append({"op": op, "mode": mode, "provider": provider, **size, **cost})
     return rows
 
 
 def gpu_report(ops):
     """Check every op first: a kernel that is wrong is not timed."""
-    for op in ops:
-        check_op(importlib.import_module(f"kernels.{op}"), "cuda", CHECK_SHAPES)
+    modules, rows = {op: importlib.import_module(f"kernels.{op}") for op in ops}, []
+    for op, module in modules.items():
+        check_op(module, "cuda", getattr(module, "CHECK_SHAPES", CHECK_SHAPES))
         print(f"{op}: agrees with its fp64 reference")
     peaks = measured_peaks()
-    print(f"measured peaks: copy {peaks[0] / 1e9:.0f} GB/s, fp32 matmul {peaks[1] / 1e12:.1f} TFLOP/s")
-    return [row for op in ops for row in bench_op(op, "cuda", BENCH_SHAPES, peaks)]
+    print("measured peaks, TB/s or TFLOP/s: " + ", ".join(f"{k} {v / 1e12:.1f}" for k, v in peaks.items()))
+    for op, module in modules.items():
+        shapes, unit = getattr(module, "BENCH_SHAPES", BENCH_SHAPES), getattr(module, "MATMUL", "fp32")
+        rows += bench_op(op, "cuda", shapes, (peaks["copy"], peaks[unit]))
+    return rows
 
 
 # ------------------------------------------------------------------ main

@@ -22,9 +22,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)   # what the kernels rea
 # ------------------------------------------------------------------ dispatch
 def use_triton(impl, x):
     """Whether to run the kernel: "ref" never, "auto" for CUDA tensors, "triton" always (or a RuntimeError).
-
-    The interpreter runs only when asked for by name: it costs about 2 ms per program, so it is for tests.
-    """
+    The interpreter runs only when asked for by name: it costs about 2 ms per program, so it is for tests."""
     if impl not in ("auto", "triton", "ref"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'ref', got {impl!r}")
     if impl == "triton":
@@ -32,7 +30,7 @@ def use_triton(impl, x):
             raise RuntimeError("impl='triton' needs the triton package (Linux): pip install triton==3.7.1")
         if not (x.is_cuda or INTERPRET):
             raise RuntimeError(f"impl='triton' needs a CUDA tensor, got one on {x.device}; use impl='ref'")
-        check(x.dtype in DTYPES, f"logits must be float32, float16 or bfloat16 for the kernel, got {x.dtype}")
+        check(x.dtype in DTYPES, f"the kernel takes float32, float16 or bfloat16, got {x.dtype}")
         return True
     return impl == "auto" and HAS_TRITON and x.is_cuda and x.dtype in DTYPES
 
@@ -64,9 +62,7 @@ def last_dim_contiguous(x):
 
 def block_sizes(n_cols):
     """(BLOCK_R, BLOCK_V, num_warps) of a row-wise kernel: short rows share a program, long ones are looped.
-
-    4096 columns at 8 warps are 16 fp32 values a thread, so that a handful of live tiles fit the registers.
-    """
+    4096 columns at 8 warps are 16 fp32 values a thread, so that a handful of live tiles fit the registers."""
     block_v = min(4096, max(16, 1 << (n_cols - 1).bit_length()))
     return max(1, 1024 // block_v), block_v, 4 if block_v < 2048 else 8
 
@@ -77,17 +73,23 @@ def launch(kernel, n_programs, x, *args, **meta):
         kernel[(n_programs,)](x, *args, **meta)
 
 
-def aot_case(kernel, mode, dtype, V, arguments, **constexprs):
-    """A compile case with the hints of a real launch: aligned pointers; V and stride where 16 divides."""
+def aot_case(kernel, mode, dtype, size, arguments, options, **constexprs):
+    """A compile case with the hints of a real launch: pointers are aligned; ints (here a type, or a value as an
+    example) become a constant if 1 and are marked where 16 divides. size: what follows the rows in floor()."""
+    signature = {name: kind if isinstance(kind, str) else "i32" for name, kind in arguments.items() if kind != 1}
+    aligned = [name for name, kind in arguments.items()
+               if (kind[0] == "*" if isinstance(kind, str) else kind % 16 == 0)]
+    ones = dict.fromkeys(arguments.keys() - signature.keys(), 1)
+    return {"kernel": kernel, "mode": mode, "dtype": dtype, "size": size, "signature": signature,
+            "aligned": aligned, "constexprs": {**ones, **constexprs}, "options": options}
+
+
+def aot_rows(kernel, mode, dtype, V, arguments, **constexprs):
+    """aot_case of a row-wise kernel on (R, V) logits."""
     block_r, block_v, warps = block_sizes(V)
-    ones = dict.fromkeys(("stride_x", "V"), 1) if V == 1 else {}       # Triton makes an int 1 a constant
-    signature = {"stride_x": "i32", "R": "i32", "V": "i32", **arguments}
-    signature = {name: kind for name, kind in signature.items() if name not in ones}
-    aligned = [name for name, kind in signature.items() if kind[0] == "*"] + ["stride_x", "V"] * (V % 16 == 0)
-    return {"kernel": kernel, "mode": mode, "dtype": dtype, "V": V,
-            "signature": signature, "aligned": aligned,
-            "constexprs": {**ones, **constexprs, "BLOCK_R": block_r, "BLOCK_V": block_v},
-            "options": {"num_warps": warps}}
+    arguments = {"stride_x": V, "R": "i32", "V": V, **arguments}
+    return aot_case(kernel, mode, dtype, (V,), arguments, {"num_warps": warps},
+                    **constexprs, BLOCK_R=block_r, BLOCK_V=block_v)
 
 
 # ------------------------------------------------------------------ the error rule

@@ -16,7 +16,7 @@ topk and sum are 4-5 passes and an fp32 (R, V) temporary.
 """
 import torch
 
-from kernels._common import aot_case, block_sizes, check, check_logits, last_dim_contiguous, launch
+from kernels._common import aot_rows, block_sizes, check, check_logits, last_dim_contiguous, launch
 from kernels._common import tl, triton, use_triton
 
 
@@ -112,7 +112,7 @@ def floor(R, V, itemsize):
 
 def _aot_case(dtype, V, forbidden):
     scores = dict.fromkeys(("logp_ptr", "margin_ptr", "negentropy_ptr"), "*fp32")
-    return aot_case(_decode_scores_kernel, "forward", dtype, V,
+    return aot_rows(_decode_scores_kernel, "forward", dtype, V,
                     {"x_ptr": f"*{dtype}", "argmax_ptr": "*i64", **scores}, FORBIDDEN=forbidden)
 
 

@@ -21,7 +21,7 @@ Floor: forward reads x, backward reads x and writes dx: 3 R V elements moved; 4 
 """
 import torch
 
-from kernels._common import aot_case, block_sizes, check, check_logits, check_rows, last_dim_contiguous
+from kernels._common import aot_rows, block_sizes, check, check_logits, check_rows, last_dim_contiguous
 from kernels._common import launch, tl, triton, use_triton
 
 
@@ -161,8 +161,8 @@ def floor(R, V, itemsize):
 def _aot_cases(dtype, V):
     shared = {"x_ptr": f"*{dtype}", "target_ptr": "*i64", "alpha": "fp32", "beta": "fp32"}
     shared |= dict.fromkeys(("weight_ptr", "max_ptr", "logsum_ptr", "u_ptr"), "*fp32")
-    return [aot_case(_masked_focal_ce_fwd_kernel, "forward", dtype, V, {**shared, "loss_ptr": "*fp32"}),
-            aot_case(_masked_focal_ce_bwd_kernel, "backward", dtype, V,
+    return [aot_rows(_masked_focal_ce_fwd_kernel, "forward", dtype, V, {**shared, "loss_ptr": "*fp32"}),
+            aot_rows(_masked_focal_ce_bwd_kernel, "backward", dtype, V,
                      {**shared, "dloss_ptr": "*fp32", "dx_ptr": f"*{dtype}"})]
 
 

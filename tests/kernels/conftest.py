@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))   # so that `kernel
 from kernels._common import HAS_TRITON  # after tests/conftest.py has set TRITON_INTERPRET
 
 collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]         # a system without a triton wheel
-GUARD, SENTINEL = 8192, -77  # elements on either side; a value that is exact in every dtype
+GUARD, SENTINEL = 8192, 77  # elements on either side; a value that is exact in every dtype
 
 
 @pytest.fixture
@@ -21,13 +21,13 @@ def device():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """torch.empty holds NaN (integers: the smallest) between guard bands, untouched until the end."""
+    """torch.empty holds NaN (integers: the largest) between guard bands, untouched until the end."""
     buffers = []
 
     def empty(*size, dtype=None, device=None):
         dtype = dtype or torch.get_default_dtype()
         shape = torch.Size(size[0] if isinstance(size[0], (tuple, list)) else size)
-        fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        fill = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
         buffer = torch.full((shape.numel() + 2 * GUARD,), fill, dtype=dtype, device=device)
         buffer[:GUARD] = buffer[GUARD + shape.numel():] = SENTINEL
         buffers.append(buffer)

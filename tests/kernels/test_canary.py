@@ -106,3 +106,52 @@ def test_masked_load_without_other_is_zero():
     out = torch.full((8,), 7.0)
     _masked_load[(1,)](torch.ones(8), out, 3, 8)
     assert out.tolist() == [1.0] * 3 + [0.0] * 5
+
+
+@triton.jit
+def _dot(x_ptr, out_ptr, N: tl.constexpr):
+    tile = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + tile)
+    tl.store(out_ptr + tile, tl.dot(x, x, input_precision="ieee"))
+
+
+def test_bf16_dot_is_garbage_and_fp32_dot_is_exact():
+    """So: kron_quant holds bf16 values in fp32 here (WIDE) and rounds them by hand; tf32 shows on a GPU only."""
+    x, out = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.zeros(16, 16)
+    _dot[(1,)](x, out, 16)
+    assert not torch.allclose(out, x.float() @ x.float(), rtol=0.5)
+    _dot[(1,)](x.float() + 1e-3, out, 16)
+    torch.testing.assert_close(out, (x.float() + 1e-3) @ (x.float() + 1e-3), rtol=1e-6, atol=1e-6)
+
+
+@triton.jit
+def _round_and_divide(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    quotient = tl.div_rn(tl.load(x_ptr + lane), tl.load(y_ptr + lane))
+    tl.store(out_ptr + lane, quotient)
+    tl.store(out_ptr + N + lane, (quotient + 12582912.0) - 12582912.0)
+
+
+def test_division_and_rounding_are_those_of_torch():
+    """So: kron_quant's codes can be compared with the reference's; libdevice.rint does not exist here."""
+    gen = torch.Generator().manual_seed(0)
+    x, y, out = 50 * torch.randn(4096, generator=gen), torch.rand(4096, generator=gen) + 0.1, torch.zeros(2, 4096)
+    x[:32], y[:32] = torch.arange(-16, 16) + 0.5, 1.0                        # ties
+    _round_and_divide[(1,)](x, y, out, 4096)
+    assert torch.equal(out[0], x / y) and torch.equal(out[1], (x / y).round())
+
+
+@triton.jit
+def _nibbles(x_ptr, out_ptr, N: tl.constexpr):
+    lane = tl.arange(0, N)
+    byte = tl.load(x_ptr + lane).to(tl.int8, bitcast=True)
+    tl.store(out_ptr + lane, (byte << 4) >> 4)
+    tl.store(out_ptr + N + lane, byte >> 4)
+
+
+def test_int8_shifts_drop_high_bits_and_keep_the_sign():
+    """So: int4_gemm unpacks a byte by shifts. Python's own integers would keep the high bits."""
+    out = torch.zeros(2, 256, dtype=torch.int8)
+    _nibbles[(1,)](torch.arange(256).to(torch.uint8), out, 256)
+    signed = torch.cat([torch.arange(8), torch.arange(-8, 0)])
+    assert torch.equal(out[0].long(), signed.repeat(16)) and torch.equal(out[1].long(), signed.repeat_interleave(16))

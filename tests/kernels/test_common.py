@@ -14,10 +14,14 @@ import pytest
 import torch
 
 from kernels import __main__ as report
-from kernels import decode_scores, masked_focal_ce
-from kernels._common import assert_kernel, block_sizes
+from kernels import decode_scores, int4_gemm, kron_quant, masked_focal_ce
+from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
+ROWS = [(9, 31, torch.float32), (3, 2000, torch.float16)]
+SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS,
+          kron_quant: [(5, 9, 16, 3, torch.float32), (3, 4, 6, 1, torch.float16)],
+          int4_gemm: [(5, 9, 34, torch.float32), (3, 40, 96, torch.float16)]}
 
 
 def test_block_sizes():
@@ -25,6 +29,13 @@ def test_block_sizes():
         rows, columns, warps = block_sizes(V)
         assert columns & (columns - 1) == 0 and rows & (rows - 1) == 0 and warps in (4, 8)
         assert min(V, 4096) <= columns <= max(16, 2 * V) and rows * columns <= 4096
+
+
+def test_aot_case_has_the_hints_of_a_launch():
+    """Pointers aligned; of ints, 1 is a constant and multiples of 16 are marked."""
+    case = aot_case(None, "forward", "fp16", (7,), {"p": "*fp16", "a": 1, "b": 48, "c": 9, "d": "i32"}, {}, BLOCK=16)
+    assert case["signature"] == {"p": "*fp16", "b": "i32", "c": "i32", "d": "i32"}
+    assert case["aligned"] == ["p", "b"] and case["constexprs"] == {"a": 1, "BLOCK": 16}
 
 
 # ------------------------------------------------------------------ the error rule
@@ -56,12 +67,14 @@ def test_assert_kernel_integers_and_zeros():
 
 
 # ------------------------------------------------------------------ parts of python -m kernels on a GPU
-@pytest.mark.parametrize("module", [masked_focal_ce, decode_scores])
+@pytest.mark.parametrize("module, shapes", SHAPES.items())
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_check_op_passes_and_notices_a_wrong_kernel(module, monkeypatch, device):
-    shapes = [(9, 31, torch.float32), (3, 2000, torch.float16)]
+def test_check_op_passes_and_notices_a_wrong_kernel(module, shapes, monkeypatch, device):
+    def wrong(*args):
+        i = next(i for i, x in enumerate(args) if torch.is_floating_point(x))
+        return module.reference(*args[:i], args[i] * 1.01, *args[i + 1:])
     report.check_op(module, device, shapes)
-    monkeypatch.setattr(module, "kernel", lambda x, *rest: module.reference(x * 1.01, *rest))
+    monkeypatch.setattr(module, "kernel", wrong)
     with pytest.raises(AssertionError):
         report.check_op(module, device, shapes)
 
@@ -75,12 +88,15 @@ def test_benchmark_rows(monkeypatch, device):
     monkeypatch.setattr(report, "time_gpu", clock)
     monkeypatch.setattr(report, "peak_memory", lambda fn: 5e6)
     monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    shapes = {"kron_quant": (10, 5, 20, 1, torch.float32), "int4_gemm": (10, 5, 20, torch.float32)}
     rows = [row for op in report.OPS
-            for row in report.bench_op(op, device, [(10, 100, torch.float32)], (8e6, 1e12))]
+            for row in report.bench_op(op, device, [shapes.get(op, (10, 100, torch.float32))], (8e6, 1e12))]
     keys = [(row["op"], row["mode"], row["provider"]) for row in rows]
     providers = ("kernel", "eager", "torch.compile")
-    modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"))
-    assert keys == [(op, mode, provider) for op, mode in modes for provider in providers]
+    modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"),
+             ("kron_quant", "forward"), ("int4_gemm", "forward"))
+    assert keys[:-1] == [(op, mode, provider) for op, mode in modes for provider in providers]
+    assert keys[-1] == ("int4_gemm", "forward", "fp16 matmul") and rows[-1]["size"] == "10x5x20"
     backward = rows[3]                                            # 8000 bytes in 2 ms, peak 8 MB/s: 1 ms
     assert (backward["ms"], backward["floor ms"], backward["x floor"], backward["% of copy"]) == \
         ("2.0000", "1.0000", "2.00", "50")
@@ -95,8 +111,12 @@ def test_works_without_triton():
         sys.modules["triton"] = None
         import torch
         from kernels.decode_scores import decode_scores
+        from kernels.int4_gemm import int4_gemm
+        from kernels.kron_quant import kron_quant
         from kernels.masked_focal_ce import masked_focal_ce
         x = torch.zeros(2, 4)
+        codes, scale = kron_quant(x, torch.eye(2), torch.eye(2), torch.ones(1, 2))
+        assert int4_gemm(codes[0], scale[0], codes[0], scale[0]).tolist() == [[0, 0], [0, 0]]
         assert decode_scores(x)[0].tolist() == [0, 0]
         assert masked_focal_ce(x, torch.tensor([0, 1]), torch.ones(2), 1.0, 0.0) > 2.7
         try:
@@ -111,16 +131,18 @@ def test_works_without_triton():
 
 @pytest.mark.gpu
 def test_gpu_check_shapes():
-    for module in (masked_focal_ce, decode_scores):
-        report.check_op(module, "cuda", report.CHECK_SHAPES)
+    for module in SHAPES:
+        report.check_op(module, "cuda", getattr(module, "CHECK_SHAPES", report.CHECK_SHAPES))
 
 
-@pytest.mark.parametrize("name", ["masked_focal_ce", "decode_scores"])
+@pytest.mark.parametrize("name", report.OPS)
 def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
     import kernels
     module = importlib.import_module(f"kernels.{name}")
     args = {"masked_focal_ce": (torch.randn(7, 31), torch.arange(7), torch.ones(7), 0.25, 2.0),
-            "decode_scores": (torch.randn(7, 31), (1, 2))}[name]
+            "decode_scores": (torch.randn(7, 31), (1, 2)),
+            "kron_quant": kron_quant.example(7, 4, 6, 3, torch.float16, "cpu"),
+            "int4_gemm": int4_gemm.example(7, 5, 12, torch.float32, "cpu")[:-1]}[name]
     reference, calls = getattr(module, f"{name}_ref"), []
     monkeypatch.setattr(module, f"{name}_ref", lambda *a, **k: calls.append(1) or reference(*a, **k))
     operation = kernels.checked(name, impl="triton")
@@ -129,7 +151,7 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
 
     def wrong(*a, **k):
         out = reference(*a, **k)
-        return (*out[:2], out[2] + 0.01, *out[3:]) if isinstance(out, tuple) else out * 1.01
+        return (*out[:-1], out[-1] + 0.01) if isinstance(out, tuple) else out * 1.01
     monkeypatch.setattr(module, f"{name}_ref", wrong)
     with pytest.raises(AssertionError, match=name):
         kernels.checked(name, impl="triton")(*args)
