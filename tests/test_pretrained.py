@@ -8,7 +8,7 @@ import re
 import unicodedata
 import unittest.mock
 
-import block_pretrained as block
+import flatquant as block
 import fake_hub
 import pytest
 import real
