@@ -86,7 +86,10 @@ def block(arm, kind=LLAMA, clip=50.0, **settings):
     for name, p in student.named_parameters():
         if name.endswith(".raw"):
             p.data = torch.randn_like(p)
-        elif name.endswith(".s") or name.startswith("c."):
+        elif name.endswith(".first"):
+            u, _, v = torch.linalg.svd(p.data)
+            p.data = u @ v  # orthogonal to the last digit
+        elif name.endswith(".s") or name.startswith("c.") and student.kind != "gain":
             p.data = torch.rand_like(p) * 1.5 + 0.5
             p.data[::2] *= 1 if name.startswith("c.") else -1
         elif name.startswith("clip"):
@@ -98,7 +101,7 @@ def block(arm, kind=LLAMA, clip=50.0, **settings):
 
 def start(cfg, model, arm, x, turn, index=0):
     """An arm's block before calibration."""
-    largest = m.largest_inputs(m.site_inputs(model.layers[index], x, turn)[1])
+    largest = m.largest_inputs(model.layers[index], x, turn)
     return m.make_student(cfg, model.shape, arm, model.layers[index], index, largest)
 
 
@@ -249,7 +252,7 @@ def test_straight_through_gradients():
 
 def test_gradients_are_finite_differences(monkeypatch):
     """With rounding taken out: every learned tensor, thresholds of weights, inputs, keys and values included."""
-    monkeypatch.setattr(m, "RoundedRatio", SimpleNamespace(apply=lambda x, scale: x / scale))
+    monkeypatch.setattr(m, "rounded_ratio", lambda x, scale: x / scale)
     layer, student, x, turn = block("flatquant", clip=1.0, w_bits=3, a_bits=3, k_bits=3, v_bits=3)
     y, fit = layer(x, turn), {k: p for k, p in student.named_parameters() if p.requires_grad}
     F.mse_loss(student(x, turn), y).backward()
@@ -287,7 +290,7 @@ def test_scores_and_values_keep_their_meaning(arm, plain_heads):
     q, k, v = (torch.randn(2, n, 5, 12).double() for n in (4, 2, 2))
     q2, k2, v2 = student.heads(q, k, v)
     scores = [a @ b.repeat_interleave(2, 1).mT for a, b in ((q, k), (q2, k2))]
-    assert torch.allclose(*scores) and not torch.allclose(k, k2) and torch.equal(v, v2) and "key" not in whole.now
+    assert torch.allclose(*scores) and not torch.allclose(k, k2) and torch.allclose(v, v2) and "key" not in whole.now
     w, bias = student.v_proj.weight, student.v_proj.bias
     if arm in LEARNED:
         pairs = (student.within_heads(w), student.within_heads(bias)), (w, bias)
@@ -340,9 +343,9 @@ def test_start_of_c(alpha):
     """(official code) c = max|W|^(1-a) / max|X|^a; a = 0 levels the weights, a = 1 the inputs."""
     model = network(factor=40.0)
     x, turn = inputs_of(model)
-    inputs = m.site_inputs(model.layers[0], x, turn)[1]
+    inputs = m.site_inputs(model.layers[0], x, turn)
     student = start(m.Config(), model, "smoothquant", x, turn)
-    student.start_c(m.largest_inputs(inputs), alpha)
+    student.start_c(m.largest_inputs(model.layers[0], x, turn), alpha)
     assert set(student.c) == set(m.SITES)
     for site, names in m.SITES.items():
         w, c = torch.cat([getattr(student, name).weight for name in names]), student.c[site]
@@ -365,7 +368,7 @@ def fitted(arm, model, x, turn, held, **settings):
     student, errors = start(cfg, model, arm, x, turn), []
     for fit in (lambda *_: None, m.calibrate):
         fit(student, x, layer(x, turn), turn, cfg)
-        errors.append(m.block_error(student, held, layer(held, turn), turn).mean().item())
+        errors.append((m.run_block(student, held, turn) - layer(held, turn)).square().mean().item())
     return errors[1], errors[0]
 
 
@@ -375,7 +378,7 @@ def test_outliers_keep_the_function_and_break_rounding():
     ids = torch.randint(256, (2, 16))
     assert torch.allclose(calm(ids), model(ids), rtol=1e-8, atol=1e-10)
     (x, turn), (held, _) = inputs_of(calm.float(), rows=8, L=16), inputs_of(model.float(), rows=8, L=16)
-    seen = [m.largest_inputs(m.site_inputs(net.layers[0], x, turn)[1]) for net in (calm, model)]
+    seen = [m.largest_inputs(net.layers[0], x, turn) for net in (calm, model)]
     for site in m.SITES:
         ratio = seen[1][site] / seen[0][site]
         assert (ratio > 39).sum() == (0 if site == "o" else 4) and (ratio < 1.01).sum() >= len(ratio) - 4
@@ -395,13 +398,13 @@ def test_flatquant_beats_hadamard_by_learning():
 
 @pytest.mark.parametrize("arm", ["flatquant", "hadamard_lct"])
 def test_calibrate_is_adamw_with_cosine_by_torch(arm):
-    """(official code) Block MSE, AdamW with decay 0.01, CosineAnnealingLR to 5e-6, thresholds ten times as fast."""
+    """(official code) Block MSE, AdamW with decay 0.01, CosineAnnealingLR to lr / 1000, thresholds 10 times as fast."""
     model = network(factor=3.0)
     cfg, (x, turn), layer = m.Config(batch_size=2, epochs=2, lr=2e-3), inputs_of(model, rows=5), model.layers[0]
     y, (ours, plain) = layer(x, turn), (start(cfg, model, arm, x, turn) for _ in range(2))
     fit = [(name, p) for name, p in plain.named_parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([dict(params=[p], lr=2e-2 if "clip" in name else 2e-3) for name, p in fit])
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, 5e-6)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6, 2e-6)
     for part in [slice(0, 2), slice(2, 4), slice(4, 5)] * 2:
         optimizer.zero_grad()
         loss = (plain(x[part], turn) - y[part]).square().mean()
@@ -455,9 +458,10 @@ def test_window_nll_is_the_mean_over_predictions():
     model, ids = network(), torch.randint(256, (5, 9))
     p, turn, x = model(ids).double().log_softmax(-1), model.turn(torch.arange(9)[None]), model.embed_tokens(ids)
     for layer in model.layers:
-        x, inputs = m.site_inputs(layer, x, turn)
+        x = layer(x, turn)
     wanted = [-sum(p[i, t, ids[i, t + 1]].item() for t in range(8)) / 8 for i in range(5)]
     assert m.window_nll(model, x, ids).tolist() == pytest.approx(wanted, rel=1e-5)
+    inputs = m.site_inputs(model.layers[0], model.embed_tokens(ids), turn)
     assert {site: a.shape[2] for site, a in inputs.items()} == dict(attn=48, o=48, mlp=48, down=80)
 
 
@@ -465,7 +469,7 @@ def test_window_nll_is_the_mean_over_predictions():
 def test_channel_norms_are_of_the_transformed(arm):
     """Fig. 1: norms of the columns of X diag(c) P and of W diag(c)^-1 P^-T, largest first, with whole matrices."""
     layer, student, x, turn = block(arm, **FULL)
-    inputs = m.site_inputs(layer, x, turn)[1]
+    inputs = m.site_inputs(layer, x, turn)
     curves = m.channel_norms(student, inputs)
     for site, names in m.SITES.items():
         n = inputs[site].shape[-1]
@@ -585,7 +589,7 @@ def test_smoke(smoke):
         assert any(line.split()[:1] == [arm] for line in lines) and 1 < result["metrics"][f"{arm}/ppl"] < 1e4
     assert all(math.isfinite(x) for x in result["metrics"].values()) and set(result["tried"]) == set(arms)
     assert all((run.out / name).read_bytes().startswith(b"\x89PNG") for name in ("plot.png", "mse.png"))
-    assert {key.split(".")[0] for key in load_file(run.out / "learned.safetensors")} == set(arms) - {"rtn", "hadamard"}
+    assert {key.split(".")[0] for key in load_file(run.out / "learned.safetensors")} == set(arms) - {"rtn"}
     log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     assert {line["name"] for line in log} == {"tiny", "blocks"}
 
@@ -616,19 +620,19 @@ def test_ctrl_c_at_any_time(here, smoke, monkeypatch, capsys):
 
 def test_blocks_apart_are_the_whole(here, smoke, monkeypatch):
     """--layers 0:1 and 1:2, put together by --load: to the bit what one run learns and measures."""
-    whole, parts = smoke("flatquant"), {}
+    whole, parts, few = smoke("flatquant"), {}, [*SMOKE, "--arms", "rtn,smoothquant,hadamard,hadamard_lct,flatquant"]
     for name, layers, block in (("a", "0:1", "0"), ("b", "1:2", "1")):
-        m.main([*SMOKE, "--layers", layers, "--out", name])
+        m.main([*few, "--layers", layers, "--out", name])
         part = load_file(here / name / "learned.safetensors")
         assert {key.split(".")[1] for key in part} == {block} and not (here / name / "result.json").exists()
         parts |= part
-    learned = load_file(whole.out / "learned.safetensors")
+    learned = {k: v for k, v in load_file(whole.out / "learned.safetensors").items() if "_hq." not in k}
     assert parts.keys() == learned.keys() and all(torch.equal(parts[k], learned[k]) for k in parts)
     monkeypatch.setattr(m, "ledger", lambda *_: None)
     monkeypatch.setattr(m, "calibrate", lambda student, *_: any(p.requires_grad for p in student.parameters())
                         and pytest.fail("calibrated what was loaded"))
-    assert m.main([*SMOKE, "--load", "a,b", "--out", "c"])["metrics"] == whole.result["metrics"]
-    same_weights(here / "c", whole.out, "learned")
+    metrics = {k: v for k, v in whole.result["metrics"].items() if "_hq/" not in k}
+    assert m.main([*few, "--load", "a,b", "--out", "c"])["metrics"] == metrics
 
 
 @pytest.fixture
@@ -680,11 +684,14 @@ BAD = {
     "--colour red": "--colour", "--arms awq": "--arms flatquant hadamard_lct", "--arms rtn,rtn": "--arms",
     "--task real": "real --model", "--generate x": "--generate --load --save", "--w-bits 1": "--w-bits 2",
     "--a-bits 17": "--a-bits 16", "--v-bits 0": "--v-bits 2", "--layers nonsense": "--layers nonsense 0:10",
-    "--layers 5:9": "--layers 5:9", "--layers 0:5": "--layers 0:5", "--layers 1:1": "--layers 1:1",
+    "--layers 5:9 --out o --arms lt": "--layers 5:9 blocks", "--layers 0:5 --out o --arms lt": "--layers 0:5 blocks",
+    "--layers 1:1 --out o --arms lt": "--layers 1:1 blocks",
     "--data missing.txt": "--data missing.txt", "--test-data missing.txt": "--test-data missing.txt",
     "--load nowhere": "--load nowhere", "--load nowhere --generate x": "--load nowhere --save",
     "--save q --w-bits 8": "--save --w-bits", "--save q --arms rtn": "--save --arms",
-    "--save q --layers 0:1": "--save all blocks", "--outliers 0": "--outliers", "--lr nan": "--lr",
+    "--save q --layers 0:1 --out o --arms lt": "--save all blocks", "--layers 0:1 --out o": "--layers flatquant_hq",
+    "--layers 0:1 --arms lt": "--layers --out", "--scale paper": "--scale paper --model",
+    "--outliers 0": "--outliers", "--lr nan": "--lr",
     "--n-eval 1": "--n-eval", "--epochs 0": "--epochs 1", "--n-calib 100000": "100000 calib",
     "--device cuda": "--device cuda auto", "--kernels": "--kernels --generate",
     "--load q --generate x --kernels": "--kernels CUDA"}
