@@ -829,28 +829,28 @@ def quantize_model(cfg, run, model, ids, state, given, began):
     for i, layer in enumerate(model.layers[: blocks[-1] + 1]):
         layer.to(run.device)
         y, held_y, start = run_block(layer, x, turn), run_block(layer, held, turn), time.perf_counter()
-        if i >= done and i in blocks:
-            largest = largest_inputs(layer, x, turn)
-            inputs = site_inputs(layer, held[:8].to(run.device), turn)
-            for arm in arms:
-                key = f"{arm}.{i}"
-                student = make_student(cfg, model.shape, arm, layer, i, largest, given.get(key))
-                if key not in given:
-                    calibrate(student, calib.get(arm, x), y, turn, cfg)
-                learned[key] = {k: p.clone() for k, p in student.learned_numbers().items()}
-                curves = channel_norms(student, inputs)
-                error = (run_block(student.merge(), held[:8], turn) - held_y[:8]).square().mean(-1)  # (8, L)
-                measured[key] = dict(curves=curves, mse=error.mean().item(), median=error.median().item(),
-                                     by_position=error.mean(0))
-                for flow in (flow for flow in (streams, calib) if arm in flow):
-                    flow[arm] = run_block(student, flow[arm], turn)
-            log(i + 1, seconds=time.perf_counter() - start, **{arm: measured[f"{arm}.{i}"]["mse"] for arm in arms})
-            save_state(run, block=i + 1, streams=streams, calib=calib, learned=learned, measured=measured,
-                       seconds=time.perf_counter() - began)
-            if should_stop(run):
-                stopped(run)
+        largest, inputs = largest_inputs(layer, x, turn), site_inputs(layer, held[:8].to(run.device), turn)
+        for arm in arms if i >= done and i in blocks else []:
+            key = f"{arm}.{i}"
+            student = make_student(cfg, model.shape, arm, layer, i, largest, given.get(key))
+            if key not in given:
+                calibrate(student, calib.get(arm, x), y, turn, cfg)
+            learned[key] = {k: p.clone() for k, p in student.learned_numbers().items()}
+            curves = channel_norms(student, inputs)
+            error = (run_block(student.merge(), held[:8], turn) - held_y[:8]).square().mean(-1)  # (8, L)
+            measured[key] = dict(curves=curves, mse=error.mean().item(), median=error.median().item(),
+                                 by_position=error.mean(0))
+            for flow in (flow for flow in (streams, calib) if arm in flow):
+                flow[arm] = run_block(student, flow[arm], turn)
         layer.cpu()
         x, held = y, held_y
+        if i < done or i not in blocks:
+            continue
+        log(i + 1, seconds=time.perf_counter() - start, **{arm: measured[f"{arm}.{i}"]["mse"] for arm in arms})
+        save_state(run, block=i + 1, streams=streams, calib=calib, learned=learned, measured=measured,
+                   seconds=time.perf_counter() - began)
+        if should_stop(run):
+            stopped(run)
     return dict(reference=held) | streams, learned, measured
 
 
