@@ -577,7 +577,7 @@ def test_shapes_that_are_refused(rejects, odd, word):
 # ---------------------------------------------------------------- command line
 def test_smoke(smoke):
     """Alone: a row for each arm, every file, no claim, RESULT last."""
-    run, arms = smoke("flatquant"), m.Config.arms.split(",")
+    run, arms = smoke("flatquant"), m.Config().arms.split(",")
     lines, result = run.stdout.splitlines(), run.result
     assert lines[-1].startswith("RESULT ") and "CLAIM" not in run.stdout and result["claims"] == []
     assert result == json.loads((run.out / "result.json").read_text()) and set(
@@ -589,7 +589,7 @@ def test_smoke(smoke):
         assert any(line.split()[:1] == [arm] for line in lines) and 1 < result["metrics"][f"{arm}/ppl"] < 1e4
     assert all(math.isfinite(x) for x in result["metrics"].values()) and set(result["tried"]) == set(arms)
     assert all((run.out / name).read_bytes().startswith(b"\x89PNG") for name in ("plot.png", "mse.png"))
-    assert {key.split(".")[0] for key in load_file(run.out / "learned.safetensors")} == set(arms) - {"rtn"}
+    assert {key.split(".")[0] for key in load_file(run.out / "learned.safetensors")} == set(arms) - {"rtn", "hadamard"}
     log = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     assert {line["name"] for line in log} == {"tiny", "blocks"}
 
@@ -620,7 +620,8 @@ def test_ctrl_c_at_any_time(here, smoke, monkeypatch, capsys):
 
 def test_blocks_apart_are_the_whole(here, smoke, monkeypatch):
     """--layers 0:1 and 1:2, put together by --load: to the bit what one run learns and measures."""
-    whole, parts, few = smoke("flatquant"), {}, [*SMOKE, "--arms", "rtn,smoothquant,hadamard,hadamard_lct,flatquant"]
+    whole, parts = smoke("flatquant"), {}
+    few = [*SMOKE, "--arms", "rtn,smoothquant,hadamard,hadamard_lct,hadamard_gain_lct,flatquant"]
     for name, layers, block in (("a", "0:1", "0"), ("b", "1:2", "1")):
         m.main([*few, "--layers", layers, "--out", name])
         part = load_file(here / name / "learned.safetensors")
