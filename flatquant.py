@@ -11,7 +11,7 @@ Four bits have sixteen steps, so a tensor with a few large channels loses the ot
 learned per layer and small because it is a Kronecker product, spreads activations and weights until both are flat; its
 inverse goes into the weights, so nothing changes but the rounding.
 
-  python flatquant.py    # 3 min on 2 cores, small Llama: perplexity 3.49, in four bits 3.57, best Hadamard 3.73, rtn 254
+  python flatquant.py     # 3 min on 2 cores: a small Llama, perplexity 3.49; in four bits 3.57, Hadamard 3.73, rtn 254
   python flatquant.py --model HuggingFaceTB/SmolLM2-135M-Instruct                  # a real one, its directory, or any
   python flatquant.py --model DIR --save q4 && python flatquant.py --load q4 --generate "Gravity is"
 

@@ -217,7 +217,8 @@ SCALES |= {f"{scale}:cd{k}": row for k in (3, 4, 5) for scale, row in OF_COUNTDO
 SCALES |= {f"{scale}:sat{n}": row for n in (5, 7, 9) for scale, row in OF_SAT.items()}
 SCALES["paper:sat9"] = dict(n_train=100_000, steps=58_600)
 SCALES["small:sat5"] = SAT | dict(steps=1200)
-SCALES["small:cd4"] = COUNTDOWN | dict(n_train=50_000, steps=4200)
+SCALES["small:sat9"] = SAT | dict(steps=1500)
+SCALES["small:cd4"] = COUNTDOWN | dict(n_train=50_000, steps=4000)
 SCALES["small:cd5"] = COUNTDOWN | dict(n_train=20_000, steps=2800)
 TRIED = dict(  # configurations looked at on separate problems (learning rate, batch, width, heads, initial weights)
     sudoku=dict(mdm=22, ar=8),
