@@ -33,8 +33,8 @@ Differences from the paper
   tiny        bytes, 4 layers; outliers are put in by scaling norm gains and undoing it in the weights: the function
               stays the same. It shows the mechanism; the evidence is the real model.
   baselines   SmoothQuant (alpha 0.5) also scales the input of o_proj, online, and of down_proj. Hadamard matrices stand
-              at the same places as FlatQuant's, all online; QuaRot folds one into the residual stream, has random signs
-              and constant clipping, and moves the gains of the norms into the weights (the arms hadamard_gain).
+              at the same places as FlatQuant's, all online, with random signs; QuaRot folds one into the residual
+              stream, clips by a constant, and moves the gains of the norms into the weights (the arms hadamard_gain).
   hq          the arm flatquant_hq is ours: P starts at a Hadamard matrix, and a block is calibrated on the inputs that
               the rounded blocks before it give; the steps and all else as flatquant.
   s           |s| below 1e-3 stops the run: P would not be invertible.
@@ -442,6 +442,11 @@ def hadamard_pair(n):
     raise ValueError(f"no pair of Hadamard matrices for {n} channels")
 
 
+def random_signs(p, generator=None):
+    """A random sign for each row of P: else its first column, nearly constant, adds up what channels share. (QuaRot)"""
+    return torch.where(torch.rand(len(p), 1, generator=generator) < 0.5, -p, p)
+
+
 def rounded_ratio(x, scale):
     """x / scale rounded half to even, with the gradient of x / scale (straight through): x (..., C), scale (..., 1)."""
     ratio = x / scale
@@ -516,7 +521,8 @@ class QuantLayer(Layer):
             pairs = {site: [Invertible(n, generator, near) for n in pair] for site, pair in orders.items() if pair}
         elif plan["rotation"] == "hadamard":
             fixed = {site: hadamard_pair(n) for site, n in sizes.items()} | dict(key=[hadamard(n) for n in keys])
-            pairs = {site: [Fixed(p, p) for p in pair] for site, pair in fixed.items() if pair}
+            fixed = {site: [random_signs(p, generator) for p in pair] for site, pair in fixed.items() if pair}
+            pairs = {site: [Fixed(p, p) for p in pair] for site, pair in fixed.items()}
         self.pairs = nn.ModuleDict({site: nn.ModuleList(pair) for site, pair in pairs.items()})
         self.kind = plan["c"]
         sites = dict(none=[], gain=["attn", "mlp"], learned=["attn", "mlp", "down"], smooth=SITES)[self.kind]

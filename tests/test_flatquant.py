@@ -266,6 +266,20 @@ def test_gradients_are_finite_differences(monkeypatch):
         assert (loss[0] - loss[1]) / 2e-6 == pytest.approx(slope, rel=1e-4, abs=1e-7) and abs(slope) > 1e-9, name
 
 
+def test_hadamard_arms_have_random_signs():
+    """Orthogonal all the same, no column of nearly equal signs, and the same again only for the same seed."""
+    model, p = network(), m.hadamard(16)
+    first, again, other = (m.random_signs(p, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and torch.equal(first.abs(), p.abs())
+    assert torch.allclose(first @ first.T, torch.eye(16), atol=1e-6)
+    assert (p[:, 0] > 0).sum() == 2 and 2 < (first[:, 0] > 0).sum() < 14
+    for arm in ("hadamard", "hadamard_gain_lct"):
+        blocks = [m.QuantLayer(model.shape, arm, m.Config(), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+        a, b, c = (torch.cat([pair[1].p.flatten() for pair in block.pairs.values()]) for block in blocks)
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+
 # ---------------------------------------------------------------- a block of each arm
 @kinds
 @pytest.mark.parametrize("arm", m.ARMS)
