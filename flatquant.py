@@ -447,10 +447,16 @@ def random_signs(p, generator=None):
     return torch.where(torch.rand(len(p), 1, generator=generator) < 0.5, -p, p)
 
 
-def rounded_ratio(x, scale):
-    """x / scale rounded half to even, with the gradient of x / scale (straight through): x (..., C), scale (..., 1)."""
-    ratio = x / scale
-    return ratio + (ratio.round() - ratio).detach()  # exact: the difference is, and so is the sum
+class Round(torch.autograd.Function):
+    """Round half to even; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
 
 
 def kept_range(x, clip=None):
@@ -464,7 +470,7 @@ def quantize_weight(w, bits, clip=None):
     low, high = kept_range(w, clip)
     w = w if clip is None else torch.clamp(w, low, high)
     scale = torch.maximum(high.abs(), low.abs()).clamp(min=1e-5) / (2 ** (bits - 1) - 1)
-    return rounded_ratio(w, scale), scale
+    return Round.apply(w / scale), scale
 
 
 def quantize_tokens(x, bits, clip=None):
@@ -472,7 +478,7 @@ def quantize_tokens(x, bits, clip=None):
     (low, high), top = kept_range(x, clip), 2 ** (bits - 1) - 1
     scale = torch.maximum(high, -low).clamp(min=0) / top
     scale = torch.where(scale == 0, 1.0, scale)
-    return rounded_ratio(x, scale).clamp(-top - 1, top), scale
+    return Round.apply(x / scale).clamp(-top - 1, top), scale
 
 
 def fake_quantize_heads(x, bits, clip=None):
@@ -484,7 +490,7 @@ def fake_quantize_heads(x, bits, clip=None):
     empty = (high == 0) & (low == 0)
     scale = torch.where(empty, 2.0, high - low) / top
     zero = (torch.where(empty, 1.0, -low) / scale).round()
-    return scale * ((rounded_ratio(x, scale) + zero).clamp(0, top) - zero)
+    return scale * ((Round.apply(x / scale) + zero).clamp(0, top) - zero)
 
 
 class WholeLinear(nn.Module):
@@ -840,7 +846,7 @@ def quantize_model(cfg, run, model, ids, state, given, began):
     for i, layer in enumerate(model.layers[: blocks[-1] + 1]):
         layer.to(run.device)
         y, held_y, start = run_block(layer, x, turn), run_block(layer, held, turn), time.perf_counter()
-        largest, inputs = largest_inputs(layer, x, turn), site_inputs(layer, held[:8].to(run.device), turn)
+        largest, inputs = largest_inputs(layer, x, turn), site_inputs(layer, held[:4].to(run.device), turn)
         for arm in arms if i >= done and i in blocks else []:
             key = f"{arm}.{i}"
             student = make_student(cfg, model.shape, arm, layer, i, largest, given.get(key))
@@ -848,7 +854,7 @@ def quantize_model(cfg, run, model, ids, state, given, began):
                 calibrate(student, calib.get(arm, x), y, turn, cfg)
             learned[key] = {k: p.clone() for k, p in student.learned_numbers().items()}
             curves = channel_norms(student, inputs)
-            error = (run_block(student.merge(), held[:8], turn) - held_y[:8]).square().mean(-1)  # (8, L)
+            error = (run_block(student.merge(), held[:4], turn) - held_y[:4]).square().mean(-1)  # (4, L)
             measured[key] = dict(curves=curves, mse=error.mean().item(), median=error.median().item(),
                                  by_position=error.mean(0))
             for flow in (flow for flow in (streams, calib) if arm in flow):

@@ -252,7 +252,7 @@ def test_straight_through_gradients():
 
 def test_gradients_are_finite_differences(monkeypatch):
     """With rounding taken out: every learned tensor, thresholds of weights, inputs, keys and values included."""
-    monkeypatch.setattr(m, "rounded_ratio", lambda x, scale: x / scale)
+    monkeypatch.setattr(m.Round, "apply", lambda ratio: ratio)
     layer, student, x, turn = block("flatquant", clip=1.0, w_bits=3, a_bits=3, k_bits=3, v_bits=3)
     y, fit = layer(x, turn), {k: p for k, p in student.named_parameters() if p.requires_grad}
     F.mse_loss(student(x, turn), y).backward()
@@ -449,7 +449,7 @@ def test_blocks_learn_from_full_precision(monkeypatch, tmp_path):
         for got in seen[2 * i : 2 * i + 2]:  # once for each arm
             assert torch.equal(got[0], x) and torch.allclose(got[1], layer(x, turn), atol=1e-5)
         student = m.make_student(cfg, model.shape, "rtn", layer, i, {}).merge()
-        error, found = (student(held, turn) - layer(held, turn)).square().mean(-1), measured[f"rtn.{i}"]
+        error, found = (student(held, turn) - layer(held, turn))[:4].square().mean(-1), measured[f"rtn.{i}"]
         assert [found["mse"], found["median"]] == pytest.approx([error.mean().item(), error.median().item()], rel=1e-3)
         assert torch.allclose(found["by_position"], error.mean(0), rtol=1e-3)
         x, held, other = seen[2 * i][1], layer(held, turn), student(other, turn)
