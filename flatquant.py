@@ -12,7 +12,7 @@ learned per layer and small because it is a Kronecker product, spreads activatio
 inverse goes into the weights, so nothing changes but the rounding.
 
   python flatquant.py     # 3 min on 2 cores: a small Llama, perplexity 3.49; in four bits 3.57, Hadamard 3.73, rtn 254
-  python flatquant.py --model smollm2-135m-instruct  # (tests/real.py) 11 min: 19.4; four bits 41.2, ours 37.4, rtn 8437
+  python flatquant.py --model smollm2-135m-instruct  # (tests/real.py) 10 min: 19.4; four bits 41.7, Hadamard 69.2
   python flatquant.py --model DIR --save q4 && python flatquant.py --load q4 --generate "Gravity is"
 
 Symbols (T tokens, C channels in, N channels out, H heads, hd channels a head)
