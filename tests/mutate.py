@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,14 +88,14 @@ def mutants(text):
             yield node.lineno, before.decode() + f"({ast.unparse(new)})" + after.decode()
 
 
-def passes(repository, name, text):
-    """Do the script's quick tests pass with `text` as the script?"""
+def passes(repository, name, text, timeout=600):
+    """Do the script's quick tests pass with `text` as the script? A mutant that hangs does not."""
     (repository / f"{name}.py").write_text(text)
     env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "TEST_TIME_FACTOR": "1000"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{name}.py",
                "-m", "not slow", "-k", "not smoke and not resume"]
     try:
-        run = subprocess.run(command, cwd=repository, env=env, capture_output=True, timeout=60)
+        run = subprocess.run(command, cwd=repository, env=env, capture_output=True, timeout=timeout)
         return run.returncode == 0
     except subprocess.TimeoutExpired:
         return False
@@ -113,12 +114,14 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder, "repository")
         shutil.copytree(ROOT, copied, ignore=shutil.ignore_patterns(".*", "out"))
+        began = time.perf_counter()
         if not passes(copied, name, text):
             sys.exit(f"error: the quick tests of {name}.py fail before any mutation")
+        timeout = 30 + 4 * (time.perf_counter() - began)
         for line, mutant in chosen:
             old, new = text.splitlines()[line - 1].strip(), mutant.splitlines()[line - 1].strip()
             report = f"{name}.py:{line}\n    - {old}\n    + {new}"
-            alive = passes(copied, name, mutant)
+            alive = passes(copied, name, mutant, timeout)
             survivors += [report] if alive else []
             print("survived" if alive else "killed  ", report, flush=True)
     print(f"\n{len(chosen) - len(survivors)} of {len(chosen)} killed ({len(pool)} possible); survivors:")

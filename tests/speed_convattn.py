@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""convattn.py's training step beside the official module's math, and its memory beside its own dense form.
+
+python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory
+
+A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3) in fp32.
+official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added back, mask, softmax.
+Times are medians of rounds in which all take turns; memory is what the largest resident size grows by in the first
+step of a process of its own.
+"""
+import math
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import convattn as m  # noqa: E402
+
+
+def official(q, k, v, at, bias, conv, chunk, causal):
+    """The formula of the official Kerple module, all queries and keys at once."""
+    T = len(at)
+    s = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    r = bias(at, at)  # (H, T, T)
+    x = torch.tril(torch.cat([s, r.expand_as(s)], 1))
+    f = conv.conv2(F.leaky_relu(conv.conv1(x)))  # built with padding (0, 1)
+    a = (s + r + f).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), torch.finfo(s.dtype).min)
+    return a.softmax(-1) @ v
+
+
+def step(kind, T, batch):
+    """A function that runs one training step of a block."""
+    torch.manual_seed(0)
+    cfg = m.cli(m.Config, m.SCALES, ["--task", "text", "--scale", "paper", "--impl", "dense"])
+    cfg.impl = "dense" if kind == "dense" else "chunked"
+    block, x = m.Block(cfg, "kerple+1x3"), torch.randn(batch, T, cfg.n_embd, requires_grad=True)
+    if kind == "official":
+        block.conv.conv1.padding = block.conv.conv2.padding = (0, 1)
+
+    def run():
+        ours = m.attend_in_blocks
+        m.attend_in_blocks = official if kind == "official" else ours
+        block(x, torch.arange(T)).square().mean().backward()
+        m.attend_in_blocks = ours
+
+    return run
+
+
+def timed(kinds, T, batch, rounds=5):
+    """Median seconds of each kind and median ratio to the first, rounds in turn after a warm-up."""
+    runs, seconds = {kind: step(kind, T, batch) for kind in kinds}, {kind: [] for kind in kinds}
+    for i in range(rounds + 1):
+        for kind, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if i:
+                seconds[kind].append(time.perf_counter() - began)
+    first = seconds[kinds[0]]
+    return {k: (statistics.median(x), statistics.median(a / b for a, b in zip(first, x))) for k, x in seconds.items()}
+
+
+def memory(kind, T, batch):
+    """MiB that the first step adds, in a process of its own."""
+    command = [sys.executable, __file__, kind, str(T), str(batch)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main():
+    if len(sys.argv) > 1:
+        run = step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        run()
+        return print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    for kinds, T, batch in [(["official", "dense", "chunked"], 512, 4), (["official", "dense", "chunked"], 1024, 1),
+                            (["dense", "chunked"], 2048, 1), (["dense", "chunked"], 4096, 1), (["chunked"], 8192, 1)]:
+        used = {kind: memory(kind, T, batch) for kind in kinds}
+        for kind, (seconds, ratio) in timed(kinds, T, batch, 5 if T < 2048 else 1).items():
+            print(f"T {T:5} batch {batch} {kind:9} {1e3 * seconds:8.0f} ms {ratio:6.2f} x {kinds[0]} "
+                  f"{used[kind]:8.0f} MiB, {used[kinds[0]] / used[kind]:5.1f} times less", flush=True)
+
+
+if __name__ == "__main__":
+    main()
