@@ -387,9 +387,8 @@ class Block(nn.Module):
             k = k + self.keyconv(late).unflatten(1, (self.n_head, -1)).mT
         if self.rope:
             q, k = rotate(q, at), rotate(k, torch.arange(k.shape[2], device=k.device))
-        cfg, causal = self.cfg, self.cfg.task != "che"
-        blocks = cfg.chunk if cfg.impl == "chunked" else max(len(at), 1)
-        return attend_in_blocks(q, k, v, at, self.bias, self.conv, blocks, causal)
+        chunk = self.cfg.chunk if self.cfg.impl == "chunked" else len(at)
+        return attend_in_blocks(q, k, v, at, self.bias, self.conv, chunk, causal=self.cfg.task != "che")
 
     def forward(self, x, at, cache=None):
         a = self.attention(self.ln_1(x), at, cache)  # (B, H, L, hd)
@@ -410,9 +409,9 @@ class Network(nn.Module):
                 continue  # PyTorch's own start
             std = 2 / (n_layer * math.sqrt(d)) if re.search(r"\.(proj|out)\.", name) else math.sqrt(2 / (5 * d))
             nn.init.normal_(p, 0, std)  # (official code: wang_init and small_init)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None and module.in_features > 1:
-                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            for linear in (block.qkv, block.proj, block.fc, block.out):
+                nn.init.zeros_(linear.bias)
 
     def forward(self, ids, asked=None, cache=None, start=0):
         """ids (B, L) at positions start, start + 1, ... to logits (B, L, V), or (n, V) of the asked (B, L) ones.
@@ -429,9 +428,9 @@ class Network(nn.Module):
 def score_conv(s, r, w1, b1, w2, b2, past=None, more=0, slope=0.01):
     """F of A = S + R + F: two convolutions along the keys, all heads' scores and biases are channels of the first.
 
-    s (B, H, M, N) scores, r (H, M, N) biases or None, w1 (W, H or 2 H, 1, k), w2 (H, W, 1, k); past (M, N) is true where
-    a query may look, None: everywhere. Ahead of the convolution what lies in the future is zero: else row i would see
-    keys up to i + 2p. more: so many hidden columns right of the last key are not zero either. Returns (B, H, M, N)."""
+    s (B, H, M, N) scores, r (H, M, N) biases or None, w1 (W, H or 2 H, 1, k), w2 (H, W, 1, k), past (M, N): true where
+    a query may look, None: everywhere. The future is zero ahead of the convolution: else row i would see keys up to
+    i + 2p. more: so many hidden columns right of the last key are not zero either. Returns (B, H, M, N)."""
     H, p = s.shape[1], w1.shape[-1] // 2
     assert w1.shape[1] == (H if r is None else 2 * H) and 0 <= more <= p
     hidden = F.conv2d(visible(s, past, more), w1[:, :H], b1, padding=(0, p))  # (B, W, M, N + more)
@@ -508,9 +507,9 @@ def hits(model, batch, device):
 def bits_per_token(model, windows, length, device):
     """Bits a token for the last LAST tokens of windows (B, longest + 1), read from `length` tokens on: (B,) (numpy)."""
     ids = windows[:, -length - 1 :].to(device)
-    logits = model(ids[:, :-1])[:, -LAST:].float()
-    losses = F.cross_entropy(logits.mT, ids[:, -LAST:], reduction="none")  # (B, LAST)
-    return (losses.mean(1) / math.log(2)).double().cpu().numpy()
+    asked = torch.arange(length, device=device).expand(len(ids), -1) >= length - LAST
+    losses = F.cross_entropy(model(ids[:, :-1], asked).float(), ids[:, -LAST:].flatten(), reduction="none")
+    return (losses.view(len(ids), LAST).mean(1) / math.log(2)).double().cpu().numpy()
 
 
 def evaluate(model, cfg, problem, data, device):
@@ -846,11 +845,11 @@ def load_kernel(name):
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
 
 
-def cost(cfg, arm, vocab):
-    """Parameters, and FLOPs of a training step for a sequence: 6 a parameter and token, and what each score takes."""
+def cost(cfg, arm, vocab, L):
+    """Parameters, and FLOPs of a step for a sequence of L: 6 a parameter and token, and those of the scores."""
     with torch.device("meta"):
         model = Network(cfg, arm, vocab)
-    n, L, scored = sum(p.numel() for p in model.parameters()), cfg.seq_len, 0
+    n, scored = sum(p.numel() for p in model.parameters()), 0
     for block in model.blocks:
         conv = sum(p.numel() for name, p in block.conv.named_parameters() if "weight" in name) if block.conv else 0
         scored += 12 * cfg.n_embd + 6 * conv
@@ -862,7 +861,7 @@ def dry_run(cfg):
     vocab = 50304 if cfg.data or cfg.scale == "paper" else VOCAB[cfg.task]
     rows, L = cfg.micro_batch or cfg.batch_size, cfg.seq_len
     for arm in cfg.arms.split(","):
-        (n, flops), sequences = cost(cfg, arm, vocab), cfg.batch_size * cfg.steps
+        (n, flops), sequences = cost(cfg, arm, vocab, L), cfg.batch_size * cfg.steps
         scores = rows * min(L, cfg.chunk if cfg.impl == "chunked" else L) * L * (4 * cfg.n_head + 2 * cfg.conv_width)
         memory = (16 * n + rows * L * (34 * cfg.n_layer * cfg.n_embd + 8 * vocab) + 4 * scores) / 2**30
         print(f"{arm}: {n:,} parameters, {sequences * L:.2e} tokens, {sequences * flops:.2e} FLOPs, "
@@ -877,13 +876,16 @@ def ledger(cfg, run, data, vocab):
     problem, loss = cfg.problems.split(",")[0], make_loss(run)
     for arm in cfg.arms.split(","):
         model, _ = prepare(cfg, run, arm, vocab)
-        batch = {name: x.to(run.device) for name, x in make_batch(cfg, problem, data, 0).items()}
+        batch = make_batch(cfg, problem, data, 0)
+        if cfg.task == "che":  # of the mean length
+            batch = che_batch(problem, cfg.batch_size, (cfg.seq_len + 1) // 2, torch.Generator().manual_seed(0))
+        batch = {name: x.to(run.device) for name, x in batch.items()}
         part = {name: x[: cfg.micro_batch or None] for name, x in batch.items()}
         seconds = min(timeit.repeat(lambda: loss(model, part)[0].backward(), number=1, repeat=3))
         seconds *= len(batch["ids"]) / len(part["ids"])
         with torch.no_grad():
             nll = (lambda total, count: total / count)(*loss(model, part)).item()
-        (n, flops), rate = cost(cfg, arm, vocab), cfg.batch_size / seconds
+        (n, flops), rate = cost(cfg, arm, vocab, batch["ids"].shape[1]), cfg.batch_size / seconds
         total += seconds * cfg.steps / 60 * (len(cfg.problems.split(",")) if cfg.task == "che" else 1)
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} sequences/s, "
               f"{100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
