@@ -96,7 +96,7 @@ class Config:
     slope: float = 0.01  # of LeakyReLU below 0 (paper: 0.01)
     edge: str = "extend"  # extend|official: hidden columns right of the diagonal, or zeros at the input's end
     impl: str = "chunked"  # chunked|dense: blocks of queries, computed again in the backward pass, or all at once
-    chunk: int = 128  # queries of a block; an input of at most as many is one dense block
+    chunk: int = 64  # queries of a block; an input of at most as many is one dense block
     # training
     steps: int = 400  # optimizer steps of each arm (paper: 50,000; che: 200,000)
     batch_size: int = 24  # sequences in one optimizer step, over all devices (paper: 256, inferred; che: 128)
@@ -159,7 +159,7 @@ ARMS = dict(
     che="kerple+1x3,kerple+1x1,kerple",
 )
 TINY_RUN = dict(n_eval=4, n_layer=1, n_head=2, n_embd=8, conv_width=4, steps=6, batch_size=4, log_every=2, save_every=2)
-TEXT = dict(seq_len=128, eval_lens="128,256,512,1024,2048", n_eval=32, n_layer=4, n_embd=128, conv_width=16)
+TEXT = dict(seq_len=128, eval_lens="128,256,512,1024,2048", n_eval=32, n_layer=3, n_embd=96, conv_width=16)
 TEXT |= dict(batch_size=16, lr=1e-3, min_lr=1e-4, weight_decay=0.1)
 CHE = dict(seq_len=40, eval_lens="41,100", n_eval=16, n_layer=5, n_head=8, lr=1e-3, beta2=0.999, weight_decay=0.0)
 PUBLISHED = dict(seq_len=512, eval_lens="512,1024,2048,4096,8192", n_layer=12, n_head=12, n_embd=768, steps=50_000)
@@ -170,7 +170,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke:text": dict(seq_len=32, eval_lens="128,256"),
     "smoke:che": dict(seq_len=6, eval_lens="7,9"),
     "small": {},
-    "small:text": dict(TEXT, steps=600),
+    "small:text": dict(TEXT, steps=650),
     "small:che": dict(CHE, steps=1000, batch_size=32),
     "long": dict(steps=2000),
     "long:text": dict(TEXT, eval_lens="128,256,512,1024,2048,4096,8192", steps=3000),
