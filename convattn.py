@@ -171,7 +171,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke:che": dict(seq_len=6, eval_lens="7,9"),
     "small": {},
     "small:text": dict(TEXT, steps=450),
-    "small:che": dict(CHE, steps=1000, batch_size=32),
+    "small:che": dict(CHE, steps=600, batch_size=32),
     "long": dict(steps=2000),
     "long:text": dict(TEXT, eval_lens="128,256,512,1024,2048,4096,8192", steps=3000),
     "long:che": dict(CHE, steps=10_000, batch_size=64, problems="even_pairs,parity,cycle_nav,mod_arith,reverse,"
