@@ -66,8 +66,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -116,9 +115,6 @@ class Config:
     save_every: int = 100  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/convattn/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
-    load: str = ""  # directory of a finished run of --task text; the first of --arms continues --generate
-    generate: str = ""  # prompt to continue; needs --load
-    max_new: int = 200  # bytes of --generate
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
@@ -131,7 +127,7 @@ class Config:
             fail(f"--problems {self.problems}: a comma list out of {', '.join(PROBLEMS)}")
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.eval_lens):
             fail(f"--eval-lens {self.eval_lens}: must look like 64,128")
-        ones = "seq_len n_eval n_layer n_head n_embd conv_width chunk steps batch_size log_every save_every max_new"
+        ones = "seq_len n_eval n_layer n_head n_embd conv_width chunk steps batch_size log_every save_every"
         for name, value in vars(self).items():
             low, high = int(name in ones.split()), dict(beta2=0.9999, slope=1.0).get(name, math.inf)
             if not isinstance(value, str) and not (low <= value <= high and value < math.inf):
@@ -145,8 +141,6 @@ class Config:
             fail(f"--eval-lens {self.eval_lens}: for --task che the first and the last length, as in 41,100")
         if self.task == "text" and min(lengths(self)) < LAST:
             fail(f"--eval-lens {self.eval_lens}: at least {LAST}, so many bytes are predicted from each context")
-        if bool(self.generate) != bool(self.load):
-            fail("--generate PROMPT and --load DIR go together: what to continue, and a finished run of --task text")
         if self.kernels and (self.task == "che" or self.edge != "extend" or "fire+1x" in self.arms):
             fail("--kernels: the kernel knows causal masks, --edge extend and biases of the distance (not fire) alone")
 
@@ -280,6 +274,7 @@ def che_problem(name, n, length, generator):
 
 PROBLEMS = "even_pairs parity cycle_nav mod_arith reverse duplicate odds_first missing_dup bucket_sort".split()
 EMPTY = 8  # che: stands where the answer is to be written
+VOCAB = dict(recall=KEYS + VALUES, text=256, che=EMPTY + 1)
 
 
 def che_batch(name, n, length, generator):
@@ -586,15 +581,11 @@ def prepare(cfg, run, arm, vocab):
     return model, torch.optim.AdamW(groups, cfg.lr, (0.9, cfg.beta2), fused=True)
 
 
-def make_loss(run):
-    """loss(net, part) -> summed cross-entropy and number of asked positions."""
-
-    def loss(net, part):
-        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            logits = net(part["ids"], part["asked"])  # (n, V)
-        return F.cross_entropy(logits.float(), part["target"][part["asked"]], reduction="sum"), part["asked"].sum()
-
-    return loss
+def loss_sum(run, net, part):
+    """Summed cross-entropy and number of asked positions."""
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        logits = net(part["ids"], part["asked"])  # (n, V)
+    return F.cross_entropy(logits.float(), part["target"][part["asked"]], reduction="sum"), part["asked"].sum()
 
 
 def train(cfg, run, arm, problem, data, vocab, state):
@@ -605,14 +596,14 @@ def train(cfg, run, arm, problem, data, vocab, state):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     net = DistributedDataParallel(model) if run.world > 1 else model
-    loss_sum, log, began = make_loss(run), Log(run, job, cfg.steps, step), time.perf_counter() - spent
+    log, began = Log(run, job, cfg.steps, step), time.perf_counter() - spent
     while step < cfg.steps:
         lr = lr_at(step, cfg.lr, cfg.min_lr, cfg.warmup_steps, cfg.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = make_batch(cfg, problem, data, step)
         batch = {name: x[run.rank :: run.world].to(run.device) for name, x in batch.items()}
-        loss = accumulate(net, batch, cfg.micro_batch or cfg.batch_size, loss_sum)
+        loss = accumulate(net, batch, cfg.micro_batch or cfg.batch_size, functools.partial(loss_sum, run))
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -875,7 +866,7 @@ def ledger(cfg, run, data, vocab):
     """Say before training what it takes: measured steps, throughput against a matmul's, the first loss."""
     x, total = torch.randn(1024, 1024, device=run.device, dtype=run.dtype), 0.0
     peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
-    problem, loss = cfg.problems.split(",")[0], make_loss(run)
+    problem, loss = cfg.problems.split(",")[0], functools.partial(loss_sum, run)
     for arm in cfg.arms.split(","):
         model, _ = prepare(cfg, run, arm, vocab)
         batch = make_batch(cfg, problem, data, 0)
@@ -885,13 +876,12 @@ def ledger(cfg, run, data, vocab):
         part = {name: x[: cfg.micro_batch or None] for name, x in batch.items()}
         seconds = min(timeit.repeat(lambda: loss(model, part)[0].backward(), number=1, repeat=3))
         seconds *= len(batch["ids"]) / len(part["ids"])
-        with torch.no_grad():
-            nll = (lambda total, count: total / count)(*loss(model, part)).item()
+        summed, count = loss(model, part)
         (n, flops), rate = cost(cfg, arm, vocab, batch["ids"].shape[1]), cfg.batch_size / seconds
         total += seconds * cfg.steps / 60 * (len(cfg.problems.split(",")) if cfg.task == "che" else 1)
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} sequences/s, "
               f"{100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
-              f"first nll {nll:.2f}, uniform {math.log(vocab):.2f}")
+              f"first nll {summed.item() / count.item():.2f}, uniform {math.log(vocab):.2f}")
     print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
 
 
@@ -917,38 +907,7 @@ def plot_lengths(path, cfg, metrics):
     figure.savefig(path, dpi=110)
 
 
-@torch.no_grad()
-def continue_text(model, ids, max_new):
-    """The likeliest continuation (max_new,) of ids (L,), one token at a time from a cache of keys and values."""
-    block = model.blocks[0]
-    shape = len(model.blocks), 2, 1, block.n_head, len(ids) + max_new, block.cfg.n_embd // block.n_head
-    cache, new, logits = torch.zeros(shape, device=ids.device), [], None
-    for i in range(max_new):
-        logits = model(ids[None], cache=cache) if not new else model(new[-1][None], cache=cache, start=len(ids) + i - 1)
-        new.append(logits[:, -1].argmax(-1))
-    return torch.cat(new)
-
-
-def generate(cfg):
-    """Continue a prompt with a network of --task text on bytes."""
-    folder, arm = Path(cfg.load), cfg.arms.split(",")[0]
-    try:
-        saved = Config(**json.loads((folder / "config.json").read_text()))
-        model = Network(saved, arm, VOCAB["text"]).eval()
-        model.load_state_dict(load_file(folder / f"{arm}.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        fail(f"--load {folder}: not a finished run of --task text with the arm {arm}: {str(error).splitlines()[0]}")
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    ids, began = torch.tensor(list(cfg.generate.encode()), device=device), time.perf_counter()
-    new = continue_text(model.to(device), ids, cfg.max_new)
-    print(cfg.generate + bytes(new.tolist()).decode(errors="replace"))
-    print(f"{cfg.max_new / (time.perf_counter() - began):.1f} bytes/s", file=sys.stderr)
-
-
 # ---------------------------------------------------------------- 8. Main
-VOCAB = dict(recall=KEYS + VALUES, text=256, che=EMPTY + 1)
-
-
 def print_table(metrics):
     """A row for each arm, a column for each length or problem."""
     columns = list(dict.fromkeys(key.split("/")[1] for key in metrics))
@@ -963,8 +922,6 @@ def main(argv=None):
     cfg = cli(Config, SCALES, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    if cfg.generate:
-        return generate(cfg)
     if cfg.kernels and not torch.cuda.is_available():
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     data, vocab = (), VOCAB[cfg.task]
