@@ -60,13 +60,13 @@ def test_nothing_spills(compiled):
     readable = [row for row in compiled if row["spills"] is not None]
     assert {"gfx942"} <= {row["arch"] for row in readable}       # AMD's needs no tool
     assert [label(row) for row in readable if row["spills"] > 0] == []
-    assert all(0 < row["registers"] <= 255 for row in readable)
+    assert all(0 < row["registers"] <= (512 if row["arch"] == "gfx942" else 255) for row in readable)
 
 
 def test_matrix_instructions(compiled):
     """None in row-wise operations; always for 16-bit and integer products; NVIDIA has none for exact fp32."""
     row_wise = [row for row in compiled if row["op"] in ("masked_focal_ce", "decode_scores")]
-    fp32 = [row for row in compiled if row["op"] == "kron_quant" and row["dtype"] == "fp32"]
+    fp32 = [row for row in compiled if row["op"] in ("kron_quant", "score_conv") and row["dtype"] == "fp32"]
     assert [label(row) for row in row_wise if row["mma"]] == []
     assert {row["arch"] for row in fp32 if row["mma"]} == {"gfx942"}        # anywhere else it would be tf32
     assert [label(row) for row in compiled if not row["mma"] and row not in row_wise + fp32] == []
