@@ -11,6 +11,10 @@ Attention compares a query with each key alone. DAPE V2 takes the scores and pos
 a feature map and runs two small convolutions along the keys over it before the softmax, so that a score also sees its
 neighbours: one layer can look for what came after an earlier copy, and long contexts hurt less than in training.
 
+  python convattn.py                # recall, 4 min on 2 cores: at 8 times the training length 100 % right, without 6 %
+  python convattn.py --task text    # 10 min: bits a byte at 16 times the training length 2.26, Kerple alone 2.44
+  python convattn.py --task che     # Chomsky hierarchy, longer than in training
+
 Symbols (B sequences, H heads, T positions, d channels a head, W hidden width, k kernel size, p = k // 2)
   paper        code      shape              meaning
   Q K^T/sqrt d s         (B, H, M, N)       scores of M queries with N keys
