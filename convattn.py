@@ -9,7 +9,7 @@ Zheng, Gao, Shi, Xiong, Sun, Li, Huang, Ren, Ng, Jiang, Li, Li, ACL 2025, arXiv 
 
 Attention compares a query with each key alone. DAPE V2 takes the scores and position biases of all heads as channels of
 a feature map and runs two small convolutions along the keys over it before the softmax, so that a score also sees its
-neighbours: one layer can look for what came after an earlier copy, and long contexts hurt less than in training.
+neighbours: one layer can look for what came after an earlier copy, and contexts longer than in training still help.
 
   python convattn.py                # recall, 4 min on 2 cores: at 8 times the training length 100 % right, without 6 %
   python convattn.py --task text    # 10 min: bits a byte at 16 times the training length 2.26, Kerple alone 2.44
@@ -33,10 +33,10 @@ Differences from the paper
   decay       r1, r2 of Kerple and FIRE's c are not decayed; r1, r2 are kept above 0.01 after each step.
   memory      long inputs are taken in blocks of queries and their scores computed again in the backward pass.
   recall      ours: one layer has to name the value that followed an earlier copy of a key.
-  text        bytes of the standard library's sources; the paper: ArXiv and Books3 of the Pile (--data takes tokens).
-              The same last bytes are predicted from growing contexts; the paper's windows differ by length.
+  text        bytes of the standard library's sources; the paper: ArXiv and Books3 (--data takes tokens). The same last
+              bytes are predicted from growing contexts; the paper's windows differ by length.
   che         encoder without a mask (the paper does not say), 5 layers, 64 channels; fewer steps, tests to length 100.
-  left out    T5, CoPE and Transformer-XL biases, dropout, the 350M to 6.7B models.
+  left out    T5, CoPE and Transformer-XL biases, k > 7, dropout, the 350M to 6.7B models.
 The paper's text was not at hand where a tag says "official code": the formula is read from chuanyang-Zheng/DAPE.
 
 Copy out: score_conv, attend, attend_in_blocks, Kerple
@@ -140,7 +140,7 @@ class Config:
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             fail(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}, the quotient even")
         if self.task == "recall" and any(n % 2 or not 4 <= n <= 4 * KEYS for n in [self.seq_len, *lengths(self)]):
-            fail(f"--task recall: --seq-len and --eval-lens must be even and from 4 to {4 * KEYS}: keys and values")
+            fail(f"--task recall: --seq-len and --eval-lens must be even and from 4 to {4 * KEYS}; or --task text")
         if self.task == "che" and (len(lengths(self)) != 2 or lengths(self)[0] > lengths(self)[1]):
             fail(f"--eval-lens {self.eval_lens}: for --task che the first and the last length, as in 41,100")
         if self.task == "text" and min(lengths(self)) < LAST:
