@@ -6,11 +6,11 @@ python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory
 
 A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3) in fp32.
 official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added back, mask, softmax.
-Times are medians of rounds in which all take turns; memory is what the largest resident size grows by in the first
-step of a process of its own.
+Times are medians of five rounds in which all take turns (one round from T = 2048 on); memory is what the largest
+resident size grows by in the first step of a process of its own (Linux).
 """
 import math
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def official(q, k, v, at, bias, conv, chunk, causal):
 def step(kind, T, batch):
     """A function that runs one training step of a block."""
     torch.manual_seed(0)
-    cfg = m.cli(m.Config, m.SCALES, ["--task", "text", "--scale", "paper", "--impl", "dense"])
+    cfg = m.cli(m.Config, m.SCALES, ["--task", "text", "--scale", "paper", "--dry-run", "--impl", "dense"])
     cfg.impl = "dense" if kind == "dense" else "chunked"
     block, x = m.Block(cfg, "kerple+1x3"), torch.randn(batch, T, cfg.n_embd, requires_grad=True)
     if kind == "official":
@@ -66,6 +66,11 @@ def timed(kinds, T, batch, rounds=5):
     return {k: (statistics.median(x), statistics.median(a / b for a, b in zip(first, x))) for k, x in seconds.items()}
 
 
+def peak():
+    """The largest resident size of this process so far, in MiB (getrusage would begin at the parent's)."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+
+
 def memory(kind, T, batch):
     """MiB that the first step adds, in a process of its own."""
     command = [sys.executable, __file__, kind, str(T), str(batch)]
@@ -75,9 +80,9 @@ def memory(kind, T, batch):
 def main():
     if len(sys.argv) > 1:
         run = step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         run()
-        return print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        return print(peak() - before)
     for kinds, T, batch in [(["official", "dense", "chunked"], 512, 4), (["official", "dense", "chunked"], 1024, 1),
                             (["dense", "chunked"], 2048, 1), (["dense", "chunked"], 4096, 1), (["chunked"], 8192, 1)]:
         used = {kind: memory(kind, T, batch) for kind in kinds}

@@ -1201,7 +1201,9 @@ def test_refused_combinations(rejects):
                            "--eval-lens 7,8,9 41,100": dict(task="che", eval_lens="7,8,9"),
                            "--kernels causal": dict(kernels=True, task="che", eval_lens="7,9"),
                            "--kernels --edge": dict(kernels=True, edge="official"),
-                           "--kernels fire": dict(kernels=True, arms="nope,fire+1x1")}.items():
+                           "--kernels fire": dict(kernels=True, arms="nope,fire+1x1"),
+                           "--scale paper --task --data": dict(scale="paper", task="text", eval_lens="512"),
+                           "--scale --task che": dict(scale="paper")}.items():
         rejects(lambda argv: m.Config(**changes), [], *words.split())
     assert m.Config(arms="fire,alibi+1x3", kernels=True).kernels and m.Config(task="che", eval_lens="7,7")
 
@@ -1222,7 +1224,8 @@ def test_arms_and_their_limits():
 
 def test_published_settings():
     """(official code) 125M on text; che: five layers of 64 channels and 8 heads, as in DeepMind's code."""
-    text, che = (m.cli(m.Config, m.SCALES, ["--scale", "paper", "--task", task]) for task in ("text", "che"))
+    argv = ["--scale", "paper", "--dry-run", "--task"]
+    text, che = (m.cli(m.Config, m.SCALES, [*argv, task]) for task in ("text", "che"))
     names = "n_layer n_embd n_head conv_width seq_len batch_size steps lr weight_decay".split()
     assert [getattr(text, name) for name in names] == [12, 768, 12, 32, 512, 256, 50_000, 6e-4, 0.1]
     assert [getattr(che, name) for name in names] == [5, 64, 8, 32, 40, 128, 200_000, 1e-3, 0.0]
