@@ -7,7 +7,7 @@ python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory
 A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3) in fp32.
 official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added back, mask, softmax.
 Times are medians of five rounds in which all take turns (one round from T = 2048 on); memory is what the largest
-resident size grows by in the first step of a process of its own (Linux).
+resident size grows by in one step at that length in a process of its own (Linux).
 """
 import math
 import re
@@ -72,13 +72,14 @@ def peak():
 
 
 def memory(kind, T, batch):
-    """MiB that the first step adds, in a process of its own."""
+    """MiB that a step adds, in a process of its own."""
     command = [sys.executable, __file__, kind, str(T), str(batch)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 def main():
     if len(sys.argv) > 1:
+        step(sys.argv[1], 128, 1)()  # what libraries take at their first use
         run = step(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
         before = peak()
         run()
