@@ -5,15 +5,19 @@
 Three bugs that must be caught here: `(col <= i[:, None])` dropped from _neighbours (no tril); `cols - (tap - K // 2)`
 -> `cols + (tap - K // 2)` in the dS kernel; `i + K // 2` -> `i` in _hidden (no extension columns).
 """
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import convattn
+import kernels
 from kernels import score_conv as op
 from kernels.score_conv import score_conv, score_conv_ref
 
@@ -357,6 +361,8 @@ def test_what_the_kernel_does_not_take(device):
 # ------------------------------------------------------------------ large tensors
 FAR_ROWS = """
 import mmap, tempfile, torch
+import convattn
+import kernels
 from kernels import score_conv as op
 file = tempfile.TemporaryFile()
 file.truncate(2**32 + 2**12)                    # sparse: 4 GB of addresses, a few pages of memory
@@ -386,6 +392,21 @@ def test_gpu_large_and_repeatable(dtype):
     for _ in range(10):
         again = op.outputs(op.kernel, args)
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_blocks_of_queries_take_the_kernel(monkeypatch):
+    """convattn.py's attention by blocks, which are computed again in the backward pass, self-check included."""
+    torch.manual_seed(0)
+    bias, settings = convattn.Kerple(3, 64), SimpleNamespace(slope=0.01, edge="extend", kernels=False)
+    conv = convattn.ScoreConv(6, 3, 4, 3, settings)
+    qkv = [torch.randn(1, 3, 11, 4, requires_grad=True) for _ in range(3)]
+    monkeypatch.setattr(convattn, "load_kernel", functools.cache(functools.partial(kernels.checked, impl="triton")))
+    found = []
+    for conv.kernels in (False, True):
+        a = convattn.attend_in_blocks(*qkv, torch.arange(11), bias, conv, chunk=6)
+        found.append([a, *torch.autograd.grad(a.square().sum(), [*qkv, *conv.parameters(), *bias.parameters()])])
+    for plain, kernel in zip(*found):
+        assert torch.allclose(plain, kernel, atol=1e-4)
 
 
 @pytest.mark.gpu
