@@ -442,8 +442,10 @@ def score_conv(s, r, w1, b1, w2, b2, past=None, more=0, slope=0.01):
     """F of A = S + R + F: two convolutions along the keys, all heads' scores and biases are channels of the first.
 
     s (B, H, M, N) scores, r (H, M, N) biases or None, w1 (W, H or 2 H, 1, k), w2 (H, W, 1, k), past (M, N): true where
-    a query may look, None: everywhere. The future is zero ahead of the convolution: else row i would see keys up to
-    i + 2p. more: so many hidden columns right of the last key are not zero either. Returns (B, H, M, N)."""
+    a query may look, None: everywhere. Ahead of the convolution the future is zero: else row i would see keys up to
+    i + 2p. F at key j reads hidden columns j - p to j + p, and each of those keys as far around it; so row i reads
+    hidden columns up to i + p, made of keys it may see. more = p keeps those behind the last key, 0 cuts them off, as
+    padding inside Conv2d does. Returns (B, H, M, N)."""
     H, p = s.shape[1], w1.shape[-1] // 2
     assert w1.shape[1] == (H if r is None else 2 * H) and 0 <= more <= p
     hidden = F.conv2d(visible(s, past, more), w1[:, :H], b1, padding=(0, p))  # (B, W, M, N + more)
