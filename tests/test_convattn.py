@@ -985,10 +985,10 @@ def test_evaluation_of_recall_and_che():
 
 
 def table_of(task, better, worse, n=12):
-    """Numbers (n,) for every arm and column: arms with 1x3 and keyconv are better, all others worse."""
-    columns = m.PROBLEMS if task == "che" else ["64", "128", "512", "2048"]
+    """Numbers (n,) for every arm and column: arms with 1x3 and recall's keyconv are better, all others worse."""
+    columns = m.PROBLEMS if task == "che" else ["64", "128", "256", "512", "2048"]
     noise = np.random.default_rng(0).normal(size=n) * 1e-6
-    return {f"{arm}/{column}": noise * (i + 1) + (better if "1x3" in arm or "keyconv" in arm else worse)
+    return {f"{arm}/{column}": noise * (i + 1) + (better if "1x3" in arm or arm == "nope+keyconv" else worse)
             for i, (arm, column) in enumerate(itertools.product(m.ARMS[task].split(","), columns))}
 
 
