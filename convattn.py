@@ -12,7 +12,7 @@ a feature map and runs two small convolutions along the keys over it before the 
 neighbours: one layer can look for what came after an earlier copy; on text the gain is small at this scale.
 
   python convattn.py                # recall, 4 min on 2 cores: at 8 times the training length 100 %, 1x1 6 % (guessing)
-  python convattn.py --task text    # 10 min: 2.29 bits a byte at 16 times the training length, 1x1 2.34, Kerple 2.43
+  python convattn.py --task text    # 10 min: 2.42 bits a byte at 16 times the training length, 1x1 2.48, Kerple 2.62
   python convattn.py --task che     # Chomsky hierarchy, longer than in training
 
 Symbols (B sequences, H heads, T positions, d channels a head, W hidden width, k kernel size, p = k // 2)
