@@ -9,10 +9,10 @@ Zheng, Gao, Shi, Xiong, Sun, Li, Huang, Ren, Ng, Jiang, Li, Li, ACL 2025, arXiv 
 
 Attention compares a query with each key alone. DAPE V2 takes the scores and position biases of all heads as channels of
 a feature map and runs two small convolutions along the keys over it before the softmax, so that a score also sees its
-neighbours: one layer can look for what came after an earlier copy; on text the gain is small at this scale.
+neighbours: one layer can look for what came after an earlier copy; bytes of text are predicted a little better.
 
-  python convattn.py                # recall, 4 min on 2 cores: at 8 times the training length 100 %, 1x1 6 % (guessing)
-  python convattn.py --task text    # 10 min: 2.42 bits a byte at 16 times the training length, 1x1 2.48, Kerple 2.62
+  python convattn.py                # recall, 5 min on a core: at 8 times the training length 100 %, 1x1 6 % (guessing)
+  python convattn.py --task text    # 14 min: 2.42 bits a byte at 16 times the training length, 1x1 2.48, Kerple 2.62
   python convattn.py --task che     # Chomsky hierarchy, longer than in training
 
 Symbols (B sequences, H heads, T positions, d channels a head, W hidden width, k kernel size, p = k // 2)
