@@ -59,6 +59,28 @@ def nvidia_usage(cubin):
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
+def undefined_registers(cubin):
+    """Uniform registers that the code reads and never wrote before, top to bottom: there must be none. ptxas 12.8 makes
+    such code where the second operand of a `wgmma` lies in the dead buffer of another one's first operand."""
+    tool, written, undefined = triton.knobs.nvidia.cuobjdump.path, set(), set()
+    if not os.path.exists(tool):
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.check_output([tool, "-sass", file.name], text=True, stderr=subprocess.DEVNULL)
+    for name, operands in re.findall(r"/\*[\da-f]{4,}\*/ +(?:@!?U?PT?\d* +)?([A-Z][\w.]*) *([^;]*);", text):
+        target = re.match(r"UR(\d+)\b", operands)  # the first operand, unless it is an address in brackets
+        reads = [int(n) for n in re.findall(r"(?<!gdesc\[)\bUR(\d+)", operands[target.end():] if target else operands)]
+        for n in re.findall(r"gdesc\[UR(\d+)", operands):   # four registers; those of an operand in registers are free
+            reads += range(int(n) + 2 * bool(re.match(r"R\d+, R\d+, gdesc", operands)), int(n) + 4)
+        undefined |= set(reads) - written
+        if target:
+            count = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
+            written |= set(range(int(target[1]), int(target[1]) + count))
+    return len(undefined)
+
+
 def amd_usage(assembly):
     """(vector registers a thread, spilled registers), from the metadata at the end of the assembly."""
     usage = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
@@ -79,6 +101,7 @@ def compile_case(case, arch):
     registers, spills = nvidia_usage(built.asm["cubin"]) if nvidia else amd_usage(assembly)
     offsets = re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?(i\d+)>? loc", built.asm["ttir"])
     return {"registers": registers, "spills": spills, "shared": built.metadata.shared,
+            "undefined": undefined_registers(built.asm["cubin"]) if arch in ("sm_80", "sm_90") else None,
             "mma": len(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05|v_mfma)", assembly)),
             "offsets": "+".join(sorted(set(offsets)))}
 
@@ -174,6 +197,8 @@ def bench_op(op, device, shapes, peaks):
 
 def gpu_report(ops):
     """Check every op first: a kernel that is wrong is not timed."""
+    import torch._functorch.config as compiled
+    compiled.donated_buffer = False                          # else a compiled graph allows one backward only
     modules, rows = {op: importlib.import_module(f"kernels.{op}") for op in ops}, []
     for op, module in modules.items():
         check_op(module, "cuda", getattr(module, "CHECK_SHAPES", CHECK_SHAPES))

@@ -251,7 +251,7 @@ def plan(H, W, k, itemsize):
     HP, WP, TAPS = sizes(H, W, k)
     if HP * WP * TAPS > (4096 if itemsize == 2 else 2048):
         return None
-    columns, warps = (16, 8) if itemsize == 4 else (64, 4) if HP * WP * TAPS <= 2048 and WP <= 32 else (32, 4)
+    columns, warps = (16, 8) if itemsize == 4 else (64, 8) if HP * WP * TAPS <= 2048 and WP <= 32 else (32, 4)
     constants = dict(H=H, K=k, HP=HP, WP=WP, TAPS=TAPS, BLOCK_M=1, BLOCK_N=columns)
     return constants, 128, {"num_warps": warps, "num_stages": 1}
 

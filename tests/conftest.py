@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when it is imported
 FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
 OPT_IN = {"real": "fetches real weights or data", "peers": "needs a peer library", "battery": "is long"}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SECONDS = collections.Counter()  # test file -> seconds of its tests, fixtures included
 BLOCK_NETWORK = """
 import socket
@@ -62,7 +63,7 @@ class Alone:
         core = next(self.core, None)
         return None if core is None else lambda: os.sched_setaffinity(0, {core})
 
-    def __call__(self, script, *argv, cwd=None, timeout=60, codes=(0,), meanwhile=None):
+    def __call__(self, script, *argv, cwd=None, timeout=60, codes=(0,), meanwhile=None, gpu=False):
         """`python script argv` in `cwd` (a new empty directory), beside `meanwhile(process)` in a thread.
 
         Fails when the exit status is not among `codes`. Returns the CompletedProcess with .cwd, .seconds,
@@ -71,7 +72,8 @@ class Alone:
         cwd, began = Path(cwd or self.new()), time.monotonic()
         path = shutil.copy((ROOT / script).with_suffix(".py"), cwd)
         command = [sys.executable, Path(path).name, *map(str, argv)]
-        process = subprocess.Popen(command, cwd=cwd, env=self.env, text=True, stdin=subprocess.DEVNULL,
+        env = self.env | ({} if gpu else NO_GPU)
+        process = subprocess.Popen(command, cwd=cwd, env=env, text=True, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=self.pin())
         if meanwhile:
             threading.Thread(target=meanwhile, args=(process,), daemon=True).start()
@@ -98,6 +100,13 @@ def alone(tmp_path_factory):
 def smoke(alone):
     """`smoke(script, *argv)`: the copied-alone run at --scale smoke, done once per session and arguments."""
     return functools.cache(lambda script, *argv: alone(script, "--scale", "smoke", *argv))
+
+
+@pytest.fixture(autouse=True)
+def scripts_run_on_the_cpu(request, monkeypatch):
+    """Also where there is a GPU: what they promise to the bit holds there. Not for kernels, nor the mark gpu."""
+    if "kernels" not in request.path.parts and not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 # ---------------------------------------------------------------- kill and resume

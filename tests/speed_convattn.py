@@ -2,12 +2,12 @@
 # Copyright (c) 2026 the authors
 """convattn.py's training step beside the official module's math, and its memory beside its own dense form.
 
-python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory
+python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory, on a GPU 40
 
-A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3) in fp32.
-official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added back, mask, softmax.
-Times are medians of five rounds in which all take turns (one round from T = 2048 on); memory is what the largest
-resident size grows by in one step at that length in a process of its own (Linux).
+A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3), in fp32,
+on a GPU in bfloat16. official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added
+back, mask, softmax. Times are medians of five rounds in which all take turns (on a CPU one round from T = 2048 on).
+Memory is what a step adds at its peak: on a CPU what the largest resident size grows by, in a process of its own (Linux).
 """
 import math
 import re
@@ -31,24 +31,33 @@ def official(q, k, v, at, bias, conv, chunk, causal):
     r = bias(at, at)  # (H, T, T)
     x = torch.tril(torch.cat([s, r.expand_as(s)], 1))
     f = conv.conv2(F.leaky_relu(conv.conv1(x)))  # built with padding (0, 1)
-    a = (s + r + f).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), torch.finfo(s.dtype).min)
-    return a.softmax(-1) @ v
+    a = (s + r + f).masked_fill(torch.ones(T, T, dtype=torch.bool, device=s.device).triu(1), torch.finfo(s.dtype).min)
+    return a.softmax(-1).to(v) @ v
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def step(kind, T, batch):
-    """A function that runs one training step of a block."""
+    """A function that runs one training step of a block. kind: official, dense or blocks of queries, e.g. blocks64."""
     torch.manual_seed(0)
     cfg = m.cli(m.Config, m.SCALES, ["--task", "text", "--scale", "paper", "--dry-run", "--impl", "dense"])
-    cfg.impl = "dense" if kind == "dense" else "chunked"
-    block, x = m.Block(cfg, "kerple+1x3"), torch.randn(batch, T, cfg.n_embd, requires_grad=True)
+    cfg.impl, cfg.kernels = "chunked" if kind.startswith("blocks") else "dense", kind.endswith("kernel")
+    cfg.chunk = int(re.search(r"\d+", kind)[0]) if kind.startswith("blocks") else 0
+    block, at = m.Block(cfg, "kerple+1x3").to(DEVICE), torch.arange(T, device=DEVICE)
+    x = torch.randn(batch, T, cfg.n_embd, device=DEVICE, requires_grad=True)
     if kind == "official":
         block.conv.conv1.padding = block.conv.conv2.padding = (0, 1)
 
     def run():
         ours = m.attend_in_blocks
         m.attend_in_blocks = official if kind == "official" else ours
-        block(x, torch.arange(T)).square().mean().backward()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            y = block(x, at)
+        y.float().square().mean().backward()
         m.attend_in_blocks = ours
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     return run
 
@@ -72,7 +81,14 @@ def peak():
 
 
 def memory(kind, T, batch):
-    """MiB that a step adds, in a process of its own."""
+    """MiB that a step adds, on a CPU in a process of its own."""
+    if DEVICE == "cuda":
+        run = step(kind, T, batch)
+        run()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     command = [sys.executable, __file__, kind, str(T), str(batch)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -84,11 +100,15 @@ def main():
         before = peak()
         run()
         return print(peak() - before)
-    for kinds, T, batch in [(["official", "dense", "chunked"], 512, 4), (["official", "dense", "chunked"], 1024, 1),
-                            (["dense", "chunked"], 2048, 1), (["dense", "chunked"], 4096, 1), (["chunked"], 8192, 1)]:
+    few, all_ = ["dense", "blocks64"], ["official", "dense", "blocks64"]
+    cases = [(all_, 512, 4), (all_, 1024, 1), (few, 2048, 1), (few, 4096, 1), (["blocks64"], 8192, 1)]
+    if DEVICE == "cuda":
+        few = ["dense", "blocks64", "blocks128", "blocks256", "dense, kernel", "blocks256, kernel"]
+        cases = [(["official", *few], 512, 32), (["official", *few], 2048, 4), (few, 4096, 1), (few, 8192, 1)]
+    for kinds, T, batch in cases:
         used = {kind: memory(kind, T, batch) for kind in kinds}
-        for kind, (seconds, ratio) in timed(kinds, T, batch, 5 if T < 2048 else 1).items():
-            print(f"T {T:5} batch {batch} {kind:9} {1e3 * seconds:8.0f} ms {ratio:6.2f} x {kinds[0]} "
+        for kind, (seconds, ratio) in timed(kinds, T, batch, 5 if T < 2048 or DEVICE == "cuda" else 1).items():
+            print(f"T {T:5} batch {batch:2} {kind:17} {1e3 * seconds:8.1f} ms {ratio:6.2f} x {kinds[0]} "
                   f"{used[kind]:8.0f} MiB, {used[kinds[0]] / used[kind]:5.1f} times less", flush=True)
 
 

@@ -63,6 +63,11 @@ def test_nothing_spills(compiled):
     assert all(0 < row["registers"] <= (512 if row["arch"] == "gfx942" else 255) for row in readable)
 
 
+def test_no_register_is_read_before_it_is_written(compiled):
+    """score_conv with 64 columns and 4 warps was wrong on an H200, and right in the interpreter: undefined."""
+    assert [label(row) for row in compiled if row["undefined"]] == []
+
+
 def test_matrix_instructions(compiled):
     """None in row-wise operations; always for 16-bit and integer products; NVIDIA has none for exact fp32."""
     row_wise = [row for row in compiled if row["op"] in ("masked_focal_ce", "decode_scores")]

@@ -142,7 +142,7 @@ def test_gpu_check_shapes():
 
 
 @pytest.mark.parametrize("name", report.OPS)
-def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
+def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch, device):
     import kernels
     module = importlib.import_module(f"kernels.{name}")
     args = {"masked_focal_ce": (torch.randn(7, 31), torch.arange(7), torch.ones(7), 0.25, 2.0),
@@ -150,6 +150,7 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
             "kron_quant": kron_quant.example(7, 4, 6, 3, torch.float16, "cpu"),
             "int4_gemm": int4_gemm.example(7, 5, 12, torch.float32, "cpu")[:-1],
             "score_conv": score_conv.example(1, 3, 2, 4, 5, 3, torch.float16, "cpu")}[name]
+    args = [x.to(device) if torch.is_tensor(x) else x for x in args]
     reference, calls = getattr(module, f"{name}_ref"), []
     monkeypatch.setattr(module, f"{name}_ref", lambda *a, **k: calls.append(1) or reference(*a, **k))
     operation = kernels.checked(name, impl="triton")

@@ -394,16 +394,16 @@ def test_gpu_large_and_repeatable(dtype):
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
-def test_blocks_of_queries_take_the_kernel(monkeypatch):
+def test_blocks_of_queries_take_the_kernel(monkeypatch, device):
     """convattn.py's attention by blocks, which are computed again in the backward pass, self-check included."""
     torch.manual_seed(0)
-    bias, settings = convattn.Kerple(3, 64), SimpleNamespace(slope=0.01, edge="extend", kernels=False)
-    conv = convattn.ScoreConv(6, 3, 4, 3, settings)
-    qkv = [torch.randn(1, 3, 11, 4, requires_grad=True) for _ in range(3)]
+    bias, settings = convattn.Kerple(3, 64).to(device), SimpleNamespace(slope=0.01, edge="extend", kernels=False)
+    conv = convattn.ScoreConv(6, 3, 4, 3, settings).to(device)
+    qkv = [torch.randn(1, 3, 11, 4, device=device, requires_grad=True) for _ in range(3)]
     monkeypatch.setattr(convattn, "load_kernel", functools.cache(functools.partial(kernels.checked, impl="triton")))
     found = []
     for conv.kernels in (False, True):
-        a = convattn.attend_in_blocks(*qkv, torch.arange(11), bias, conv, chunk=6)
+        a = convattn.attend_in_blocks(*qkv, torch.arange(11, device=device), bias, conv, chunk=6)
         found.append([a, *torch.autograd.grad(a.square().sum(), [*qkv, *conv.parameters(), *bias.parameters()])])
     for plain, kernel in zip(*found):
         assert torch.allclose(plain, kernel, atol=1e-4)
