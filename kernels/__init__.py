@@ -11,8 +11,8 @@ def checked(name, impl="auto"):
     """The operation kernels.<name>.<name>, which at its first call with a dtype compares itself with its reference.
 
     The comparison runs on copies of the real tensors: every output, the gradient of the first output with respect
-    to the first argument, and the tensors of arguments that are lists, which are changed in place. Outside the error rule of _common.assert_kernel, or the operation's own
-    `rule`, it raises AssertionError.
+    to the first argument, and the tensors in arguments that are lists, which are changed in place. Outside the
+    error rule of _common.assert_kernel, or the operation's own `rule`, it raises AssertionError.
     """
     module = importlib.import_module(f"kernels.{name}")
     from kernels._common import assert_kernel
@@ -38,7 +38,8 @@ def checked(name, impl="auto"):
 def cast(args, dtype):
     """Detached copies of the arguments, also inside lists, floating-point tensors in dtype (None: their own)."""
     return [type(a)(cast(a, dtype)) if isinstance(a, (list, tuple)) else
-            a.detach().to(dtype or a.dtype, copy=True) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+            a.detach().to(dtype or a.dtype, copy=True) if torch.is_tensor(a) and a.is_floating_point() else a
+            for a in args]
 
 
 def outcome(function, args, options, dtype):

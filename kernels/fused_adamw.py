@@ -22,7 +22,8 @@ of these lists to the device are cached, do not wait, and are new only when an a
 in a CUDA graph. Norms are summed in two stages in a fixed order: bit for bit the same each time.
 
 Floor a parameter, b bytes a gradient: 24 + b, with ema 32 + b; squared_norm b; about 16, 19 and 2 FLOPs. One pass
-each for decay, m, v, root, division, p (torch's foreach) moves 2-3 times as much. Source: section 7 of batchlaw's notes.
+each for decay, m, v, root, division, p (torch's foreach) moves 2-3 times as much.
+Source: section 7 of batchlaw's notes.
 """
 import functools
 import itertools
@@ -199,11 +200,12 @@ def _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, dec
     grads = [g.detach().contiguous() for g in grads]
     changed = [*params, *exp_avgs, *exp_avg_sqs, *(emas or ())]
     table, owners, partial, where = _tables(grads, params, exp_avgs, exp_avg_sqs, *([] if emas is None else [emas]))
-    (beta1, beta2), scale = betas, None if scale is None else scale.detach().float()
-    launch(_fused_adamw_kernel, len(owners), table, owners, grads[0], params[0],
-           _on_device(tuple(map(float, decays)), torch.float32, *where), scale, partial, float(lr),
-           lr / (1 - beta1 ** step), math.sqrt(1 - beta2 ** step), beta1, 1 - beta1, beta2, 1 - beta2, eps,
-           1 - ema_decay, EMA=emas is not None, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
+    decays, (beta1, beta2) = _on_device(tuple(map(float, decays)), torch.float32, *where), betas
+    scale = None if scale is None else scale.detach().float()
+    floats = (lr, lr / (1 - beta1 ** step), math.sqrt(1 - beta2 ** step), beta1, 1 - beta1, beta2, 1 - beta2, eps,
+              1 - ema_decay)                                  # never integers: those are specialised
+    launch(_fused_adamw_kernel, len(owners), table, owners, grads[0], params[0], decays, scale, partial,
+           *map(float, floats), EMA=emas is not None, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
     torch.autograd.graph.increment_version(changed)           # whoever saved a parameter will notice
     return partial.sum()
 
@@ -227,9 +229,10 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.95
     check(scale is None or scale.numel() == 1 and scale.device == device, f"scale must be one number on {device}")
     decays = _decays(weight_decay, params)
     check(len(decays) == len(params), f"{len(decays)} weight decays for {len(params)} tensors")
+    function = _fused_adamw
     if not all(use_triton(impl, xs[0]) for xs in (params, grads)):
-        return fused_adamw_ref(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, decays, emas, ema_decay, scale)
-    return _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, decays, emas, ema_decay, scale)
+        function = fused_adamw_ref
+    return function(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, decays, emas, ema_decay, scale)
 
 
 def squared_norm(grads, *, impl="auto"):
@@ -287,18 +290,21 @@ def floor(blocks, width, vocab, positions, itemsize):
             "norm": (itemsize * n, 2 * n)}
 
 
-def _aot_cases(dtype, scaled):
-    shared = {"table_ptr": "*i64", "owner_ptr": "*i32", "g_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
-    floats = ("lr", "step_size", "root", "beta1", "rest1", "beta2", "rest2", "eps", "rest_ema")
-    step = {**shared, "p_ptr": "*fp32", "decay_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
-    step, none = ({**step, "scale_ptr": "*fp32"}, {}) if scaled else (step, {"scale_ptr": None})
-    size, options, blocks = (768, 50304, 1024), {"num_warps": 8}, {"BLOCK": BLOCK, "CHUNK": CHUNK}
-    cases = [aot_case(_fused_adamw_kernel, mode, dtype, size, step, options, EMA=mode != "step", **blocks, **none)
-             for mode in ("step", "step, ema")]
-    return [*cases, aot_case(_squared_norm_kernel, "norm", dtype, size, shared, options, **blocks)]
+def _aot_case(mode, dtype, scaled=False):
+    arguments = {"table_ptr": "*i64", "owner_ptr": "*i32", "g_ptr": f"*{dtype}", "partial_ptr": "*fp32"}
+    constants, kernel = {"BLOCK": BLOCK, "CHUNK": CHUNK}, _squared_norm_kernel
+    if mode != "norm":
+        floats = ("lr", "step_size", "root", "beta1", "rest1", "beta2", "rest2", "eps", "rest_ema")
+        arguments |= {"p_ptr": "*fp32", "decay_ptr": "*fp32", **dict.fromkeys(floats, "fp32")}
+        arguments |= {"scale_ptr": "*fp32"} if scaled else {}
+        constants |= {"EMA": mode != "step"} | ({} if scaled else {"scale_ptr": None})
+        kernel = _fused_adamw_kernel
+    return aot_case(kernel, mode, dtype, (768, 50304, 1024), arguments, {"num_warps": 8}, **constants)
 
 
-AOT_CASES = [*_aot_cases("fp32", False), *_aot_cases("fp16", True), *_aot_cases("bf16", True)]
+AOT_CASES = [_aot_case("step", "fp32"), _aot_case("step", "bf16", True), _aot_case("step, ema", "fp32", True),
+             _aot_case("step, ema", "fp16"), _aot_case("step, ema", "bf16", True), _aot_case("norm", "fp32"),
+             _aot_case("norm", "bf16")]
 
 
 def example(blocks, width, vocab, positions, dtype, device):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import checked
 from kernels import cross_entropy as op
 from kernels._common import assert_kernel
 from kernels.cross_entropy import cross_entropy, cross_entropy_ref
@@ -216,6 +217,15 @@ def test_in_place_overwrites_the_logits_once(device):
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(grads[0])
     assert torch.equal(x.detach(), logits)
+
+
+def test_checked_in_place(device):
+    """The first call's comparison works on copies: the logits are overwritten by the backward pass only."""
+    logits, *rest = op.example(5, 31, torch.float32, device)
+    expected, x = op.outputs(op.kernel, (logits, *rest)), logits.clone().requires_grad_()
+    loss = checked("cross_entropy", impl="triton")(x, *rest, inplace=True)
+    assert torch.equal(loss, expected["mean"]) and torch.equal(x, logits)
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected["dlogits"])
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 
+from kernels import cast, checked
 from kernels import fused_adamw as op
-from kernels import cast
 from kernels.fused_adamw import fused_adamw, fused_adamw_ref, squared_norm, squared_norm_ref
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,9 +54,8 @@ def agree(args):
 # ------------------------------------------------------------------ the reference
 def test_reference_equals_the_closed_form():
     """The docstring's lines in fp64, element by element."""
-    args = {name: [x.double() for x in xs] if isinstance(xs, list) and torch.is_tensor(xs[0]) else xs
-            for name, xs in model("cpu", shapes=[(3,), (2, 2)], scale=0.7).items()}
-    args |= {"scale": args["scale"].double(), "betas": (0.8, 0.9), "eps": 1e-3, "ema_decay": 0.6}
+    args = model("cpu", shapes=[(3,), (2, 2)], scale=0.7)
+    args = dict(zip(args, cast(args.values(), torch.float64))) | {"betas": (0.8, 0.9), "eps": 1e-3, "ema_decay": 0.6}
     out, norm2 = take(fused_adamw_ref, args), 0.0
     for i, wd in enumerate(args["weight_decay"]):
         p, g, m, v, e = (args[name][i].flatten() for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "emas"))
@@ -94,7 +93,8 @@ def own_steps(args, n, impl, clip=None):
         grads, scale = [i * g for g in args["grads"]], None
         if clip:
             scale = (clip / (squared_norm(grads, impl=impl).sqrt() + 1e-6)).clamp(max=1)
-        fused_adamw(params, grads, *states, i, 1e-2, weight_decay=args["weight_decay"], emas=emas, scale=scale, impl=impl)
+        decays = args["weight_decay"]
+        fused_adamw(params, grads, *states, i, 1e-2, weight_decay=decays, emas=emas, scale=scale, impl=impl)
     return params + emas
 
 
@@ -134,7 +134,7 @@ def test_each_block_size_alone(device, monkeypatch, block, chunk):
     agree(model(device, torch.float16, shapes=[(5, 17), (64,), (1,)]))
 
 
-@pytest.mark.parametrize("n", [1, 4, 63, 2044, 2048, 8192, 8196, 10001])
+@pytest.mark.parametrize("n", [1, 63, 2044, 8192, 8196, 10001])
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_touches_nothing_outside(device, offset, n):
     """Aligned or not: views into buffers whose other elements are NaN and stay what they are."""
@@ -224,6 +224,31 @@ def test_tables_follow_the_addresses(device):
         agree(copy.deepcopy(first))
 
 
+def test_only_aligned_tensors_are_read_four_at_a_time(device):
+    """The hints that the interpreter does not look at: a wrong one is a misaligned access on a GPU."""
+    x, other = torch.zeros(80, device=device), torch.zeros(80, device=device)
+    pairs = [(x[:8], other[4:12]), (x[4:8], other[:4]), (x[:6], other[:6]), (x[1:5], other[:4]), (x[:4], other[2:6])]
+    table, owners, *_ = op._tables(*map(list, zip(*pairs)))
+    assert table.view(-1, 8)[:, 2].tolist() == [1, 1, 0, 0, 0] and owners.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_checked_compares_and_changes_only_once(device, wrong, monkeypatch):
+    """Everything that a step changes is compared; the comparison itself changes nothing. Tuples are lists, too."""
+    args = model(device, torch.bfloat16, shapes=[(3, 5), (7,)], scale=0.5)
+    args["grads"] = tuple(args["grads"])
+    expected, lists = take(fused_adamw, args, impl="triton"), [args.pop(name) for name in
+                                                               ("params", "grads", "exp_avgs", "exp_avg_sqs")]
+    if wrong:
+        monkeypatch.setattr(op, "fused_adamw", lambda *a, **k: fused_adamw(*a, **k | {"ema_decay": 0.99}))
+        with pytest.raises(AssertionError, match="fused_adamw, output"):
+            checked("fused_adamw", impl="triton")(*lists, **args)
+        return
+    assert torch.equal(checked("fused_adamw", impl="triton")(*lists, **args), expected["norm2"])
+    for name, xs in {"params": lists[0], "emas": args["emas"]}.items():
+        assert all(torch.equal(x, expected[f"{name}[{i}]"]) for i, x in enumerate(xs))
+
+
 def test_autograd_notices_the_step(device):
     args = model(device, shapes=[(3, 4)])
     weight = args["params"][0].requires_grad_()
@@ -241,8 +266,7 @@ def test_integration_same_training_losses(device):
     ids = torch.randint(12, (10, 16), device=device)
     losses = {}
     for impl in ("ref", "triton"):
-        params, losses[impl] = list(copy.deepcopy(net).parameters()), []
-        trained = copy.deepcopy(net)
+        trained, losses[impl] = copy.deepcopy(net), []
         params = list(trained.parameters())
         states = [[torch.zeros_like(p) for p in params] for _ in range(2)]
         for step, x in enumerate(ids, 1):
@@ -285,7 +309,7 @@ def test_errors(change, message):
 
 def test_fp64_never_reaches_the_kernel(device):
     args = model(device, shapes=[(3,)])
-    doubles = {k: [x.double() for x in v] if k != "weight_decay" and isinstance(v, list) else v for k, v in args.items()}
+    doubles = dict(zip(args, cast(args.values(), torch.float64)))
     assert fused_adamw(**doubles).dtype == torch.float64
     for wrong in (doubles, args | {"grads": doubles["grads"]}):
         with pytest.raises(ValueError, match="float32, float16 or bfloat16"):
