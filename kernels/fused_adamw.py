@@ -175,29 +175,36 @@ def _on_device(values, dtype, device, stream):
 
 
 @functools.lru_cache(maxsize=16)
-def _owners(counts, device, stream):
-    """The tensor of each program, (programs,) int32, from the number of programs of each tensor."""
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    return owners.to(torch.int32).to(device, non_blocking=True)
+def _owners(sizes, chunk, device, stream):
+    """The tensor of each program, (programs,) int32."""
+    counts = torch.tensor([-(-n // chunk) for n in sizes])
+    return torch.repeat_interleave(torch.arange(len(sizes)), counts).to(torch.int32).to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _table(sizes, addresses, chunk, device, stream):
+    """(T, 8) int64; addresses: of all tensors of the first list, then of the second, ..."""
+    rows, firsts = [], itertools.accumulate((-(-n // chunk) for n in sizes), initial=0)
+    for i, (n, first) in enumerate(zip(sizes, firsts)):
+        row = addresses[i::len(sizes)]
+        rows += n, first, n % 4 == 0 and not any(a % 16 for a in row), *row, *[0] * (5 - len(row))
+    return _on_device(tuple(rows), torch.int64, device, stream)
 
 
 def _tables(*lists):
-    """(table (T, 8) int64, owners, an empty partial sum for each program) of lists of T tensors, gradients first."""
+    """Table and owners of lists of T tensors, gradients first, an empty partial sum for each program, the device and
+    the stream."""
     device = lists[0][0].device
     where = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    sizes = [x.numel() for x in lists[0]]
-    counts = tuple(-(-n // CHUNK) for n in sizes)
-    rows = []
-    for n, first, *tensors in zip(sizes, itertools.accumulate(counts, initial=0), *lists):
-        addresses = [x.data_ptr() for x in tensors] + [0] * (5 - len(tensors))
-        rows += n, first, n % 4 == 0 and not any(a % 16 for a in addresses), *addresses
-    owners = _owners(counts, *where)
+    sizes, addresses = tuple(x.numel() for x in lists[0]), tuple(x.data_ptr() for xs in lists for x in xs)
+    owners = _owners(sizes, CHUNK, *where)
     partial = torch.empty(len(owners), dtype=torch.float32, device=device)
-    return _on_device(tuple(rows), torch.int64, *where), owners, partial, where
+    return _table(sizes, addresses, CHUNK, *where), owners, partial, where
 
 
+@torch.no_grad()
 def _fused_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, decays, emas, ema_decay, scale):
-    grads = [g.detach().contiguous() for g in grads]
+    grads = [g.contiguous() for g in grads]
     changed = [*params, *exp_avgs, *exp_avg_sqs, *(emas or ())]
     table, owners, partial, where = _tables(grads, params, exp_avgs, exp_avg_sqs, *([] if emas is None else [emas]))
     decays, (beta1, beta2) = _on_device(tuple(map(float, decays)), torch.float32, *where), betas
@@ -235,12 +242,13 @@ def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas=(0.9, 0.95
     return function(params, grads, exp_avgs, exp_avg_sqs, step, lr, betas, eps, decays, emas, ema_decay, scale)
 
 
+@torch.no_grad()
 def squared_norm(grads, *, impl="auto"):
     """Sum of squares of all tensors of a list, fp32, on the device; no gradient. impl as in fused_adamw."""
     _check_lists(grads)
     if not use_triton(impl, grads[0]):
         return squared_norm_ref(grads)
-    table, owners, partial, _ = _tables(grads := [g.detach().contiguous() for g in grads])
+    table, owners, partial, _ = _tables(grads := [g.contiguous() for g in grads])
     launch(_squared_norm_kernel, len(owners), table, owners, grads[0], partial, BLOCK=BLOCK, CHUNK=CHUNK, num_warps=8)
     return partial.sum()
 
@@ -251,9 +259,9 @@ def _check_lists(grads, *states):
     g = grads[0]
     check(g.dtype in DTYPES + (torch.float64,), f"gradients must be floating point, got {g.dtype}")
     check(all(x.dtype == g.dtype for x in grads), "gradients must all have one dtype")
-    for xs in (grads, *states):
-        check(all(x.shape == y.shape and x.device == g.device for x, y in zip(xs, grads)),
-              "a tensor's gradient and states must have its shape, and all one device")
+    shapes = [x.shape for x in grads]
+    check(all([x.shape for x in xs] == shapes for xs in states), "a tensor's gradient and states must have its shape")
+    check(all(x.device == g.device for xs in (grads, *states) for x in xs), "all tensors must be on one device")
 
 
 def rule(name, out, ref64, eager, n_reduce):
