@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from kernels import __main__ as report
-from kernels import decode_scores, int4_gemm, kron_quant, masked_focal_ce, score_conv
+from kernels import cross_entropy, decode_scores, fused_adamw, int4_gemm, kron_quant, masked_focal_ce, score_conv
 from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +23,8 @@ ROWS = [(9, 31, torch.float32), (3, 2000, torch.float16)]
 SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS,
           kron_quant: [(5, 9, 16, 3, torch.float32), (3, 4, 6, 1, torch.float16)],
           int4_gemm: [(5, 9, 34, torch.float32), (3, 40, 96, torch.float16)],
-          score_conv: [(1, 3, 2, 20, 5, 3, torch.float32), (2, 2, 3, 3, 4, 1, torch.float16)]}
+          score_conv: [(1, 3, 2, 20, 5, 3, torch.float32), (2, 2, 3, 3, 4, 1, torch.float16)],
+          cross_entropy: ROWS, fused_adamw: [(1, 8, 9, 3, torch.float32), (1, 3, 5, 2, torch.float16)]}
 
 
 def test_block_sizes():
@@ -90,16 +92,21 @@ def test_benchmark_rows(monkeypatch, device):
     monkeypatch.setattr(report, "peak_memory", lambda fn: 5e6)
     monkeypatch.setattr(torch, "compile", lambda fn: fn)
     shapes = {"kron_quant": (10, 5, 20, 1, torch.float32), "int4_gemm": (10, 5, 20, torch.float32),
-              "score_conv": (1, 3, 2, 4, 5, 3, torch.float32)}
+              "score_conv": (1, 3, 2, 4, 5, 3, torch.float32), "fused_adamw": (1, 3, 5, 2, torch.float32)}
     rows = [row for op in report.OPS
             for row in report.bench_op(op, device, [shapes.get(op, (10, 100, torch.float32))], (8e6, 1e12))]
     keys = [(row["op"], row["mode"], row["provider"]) for row in rows]
     providers = ("kernel", "eager", "torch.compile")
     modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"),
              ("kron_quant", "forward"), ("int4_gemm", "forward"), ("score_conv", "forward"), ("score_conv", "backward"))
-    extra = rows.pop(keys.index(("int4_gemm", "forward", "fp16 matmul")))
-    assert extra["size"] == "10x5x20" and rows[-1]["size"] == "1x3x2x4x5x3"
-    assert [key for key in keys if key[2] != "fp16 matmul"] == [(*mode, name) for mode in modes for name in providers]
+    modes += tuple(("cross_entropy", mode) for mode in ("forward", "backward", "full"))
+    adamw = [("fused_adamw", mode, name) for mode in ("step", "step, ema", "norm")
+             for name in ("kernel", "eager", "torch fused")][:-1]
+    extras = ("int4_gemm", "forward", "fp16 matmul"), ("cross_entropy", "full", "kernel in place")
+    sizes = {row["op"]: row["size"] for row in rows}
+    assert sizes["int4_gemm"] == "10x5x20" and sizes["score_conv"] == "1x3x2x4x5x3"
+    assert set(extras) <= set(keys) and [key for key in keys if key not in extras] == [
+        *((*mode, name) for mode in modes for name in providers), *adamw]
     backward = rows[3]                                            # 8000 bytes in 2 ms, peak 8 MB/s: 1 ms
     assert (backward["ms"], backward["floor ms"], backward["x floor"], backward["% of copy"]) == \
         ("2.0000", "1.0000", "2.00", "50")
@@ -149,8 +156,10 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch, dev
             "decode_scores": (torch.randn(7, 31), (1, 2)),
             "kron_quant": kron_quant.example(7, 4, 6, 3, torch.float16, "cpu"),
             "int4_gemm": int4_gemm.example(7, 5, 12, torch.float32, "cpu")[:-1],
-            "score_conv": score_conv.example(1, 3, 2, 4, 5, 3, torch.float16, "cpu")}[name]
-    args = [x.to(device) if torch.is_tensor(x) else x for x in args]
+            "score_conv": score_conv.example(1, 3, 2, 4, 5, 3, torch.float16, "cpu"),
+            "cross_entropy": cross_entropy.example(7, 31, torch.float32, "cpu"),
+            "fused_adamw": (*fused_adamw.example(1, 3, 5, 2, torch.float16, "cpu")[1:5], 1, 1e-2)}[name]
+    args = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, list(args))
     reference, calls = getattr(module, f"{name}_ref"), []
     monkeypatch.setattr(module, f"{name}_ref", lambda *a, **k: calls.append(1) or reference(*a, **k))
     operation = kernels.checked(name, impl="triton")
