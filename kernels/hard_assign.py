@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""Each patch goes to one group, each group becomes the mean of its patches (VisToG: Huang et al. 2024, arXiv 2411.17773;
+"""Each patch goes to one group, a group becomes the mean of its patches (VisToG: Huang et al. 2024, arXiv 2411.17773;
 the mechanism is GroupViT's: Xu et al. 2022, arXiv 2202.11094).
 
     X_ij = q_i . k_j / sqrt(d) + g_ij          group i, patch j; g Gumbel noise, or 0
@@ -372,8 +372,8 @@ def _aot_cases(dtype, M, N, d, noise):
     return cases
 
 
-AOT_CASES = [case for shape in (("fp32", 64, 576, 1024, "none"), ("bf16", 64, 576, 1024, "seed"),
-                                ("fp16", 128, 577, 1000, "tensor")) for case in _aot_cases(*shape)] if HAS_TRITON else []
+AOT_SHAPES = [("fp32", 64, 576, 1024, "none"), ("bf16", 64, 576, 1024, "seed"), ("fp16", 128, 577, 1000, "tensor")]
+AOT_CASES = [case for shape in AOT_SHAPES for case in _aot_cases(*shape)] if HAS_TRITON else []
 
 
 def example(B, M, N, d, dtype, device):

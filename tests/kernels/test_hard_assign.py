@@ -3,7 +3,7 @@
 """kernels/hard_assign.py against its reference in fp64, brute force and the straight-through formulas.
 
 Three bugs that must be caught here: `tl.sum(a * da, axis=1)` dropped from the dX kernel (not a softmax's gradient);
-`- dots[None, :]` dropped there (c held constant); `(b * M + m) * N + n` -> `(b * N + n) * M + m` in _logits (other noise).
+`- dots[None, :]` dropped there (c held constant); in _logits the noise of number `(b * N + n) * M + m`, transposed.
 """
 import os
 import subprocess
@@ -291,7 +291,8 @@ def test_integration_same_training_losses(device):
         slots, wq, wk, wv = weights = [w.clone().to(device).requires_grad_() for w in start]
         optimizer, losses[impl] = torch.optim.AdamW(weights, lr=1e-2), []
         for step in range(6):
-            g, *_ = hard_assign((slots[:6] @ wq).expand(3, 6, 16), patches @ wk, patches @ wv, 1.0, 1.0, step, impl=impl)
+            q, k, v = (slots[:6] @ wq).expand(3, 6, 16), patches @ wk, patches @ wv
+            g, *_ = hard_assign(q, k, v, 1.0, 1.0, step, impl=impl)
             loss = (g.sum(1) - patches[:, :6].sum(1)).square().mean()
             optimizer.zero_grad()
             loss.backward()
