@@ -23,7 +23,7 @@ if __name__ == "__main__":                                   # before triton is 
 from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
-OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv")
+OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "moebius", "masked_blend")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
@@ -85,12 +85,12 @@ def compile_case(case, arch):
 
 def compile_report(ops):
     """One row per op, mode, case and architecture; the floor is per row: of logits, of x (a token), of qa;
-    score_conv: per batch element."""
+    score_conv: per batch element; moebius: of v; masked_blend: per sample."""
     rows = []
     for op in ops:
         module = importlib.import_module(f"kernels.{op}")
         for case in module.AOT_CASES:
-            itemsize = 4 if case["dtype"] == "fp32" else 2
+            itemsize = {"fp64": 8, "fp32": 4}.get(case["dtype"], 2)
             n_bytes, flops = module.floor(1, *case["size"], itemsize)[case["mode"]]
             head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "size": by(case["size"])}
             for arch in TARGETS:
