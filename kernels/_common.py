@@ -30,15 +30,10 @@ def use_triton(impl, x, dtypes=DTYPES):
             raise RuntimeError("impl='triton' needs the triton package (Linux): pip install triton==3.7.1")
         if not (x.is_cuda or INTERPRET):
             raise RuntimeError(f"impl='triton' needs a CUDA tensor, got one on {x.device}; use impl='ref'")
-        check(x.dtype in dtypes, f"the kernel takes {names(dtypes)}, got {x.dtype}")
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        check(x.dtype in dtypes, f"the kernel takes {', '.join(most)} or {last}, got {x.dtype}")
         return True
     return impl == "auto" and HAS_TRITON and x.is_cuda and x.dtype in dtypes
-
-
-def names(dtypes):
-    """float32, float16 or bfloat16"""
-    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return f"{', '.join(most)} or {last}"
 
 
 def check(condition, message):

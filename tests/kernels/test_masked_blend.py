@@ -130,6 +130,14 @@ def test_empty(device, impl, S, M, P, D):
     assert out.shape == (S, M, P, D) and x.grad.shape == x.shape and not x.grad.any()
 
 
+def test_all_providers_of_the_benchmark_agree(monkeypatch, device):
+    monkeypatch.setattr(torch, "compile", lambda fn: fn)
+    for fns in op.bench(op.example(2, 5, 3, 4, torch.float32, device)).values():
+        first, *others = (fn() for fn in fns.values())
+        for other in others:
+            torch.testing.assert_close(other, first)
+
+
 # ------------------------------------------------------------------ autograd
 def test_expanded_upstream_gradient_and_one_leaf_alone(device):
     x, b, masks = op.example(2, 9, 4, 5, torch.float32, device)
