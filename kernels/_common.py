@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)   # what the kernels rea
 
 
 # ------------------------------------------------------------------ dispatch
-def use_triton(impl, x):
+def use_triton(impl, x, dtypes=DTYPES):
     """Whether to run the kernel: "ref" never, "auto" for CUDA tensors, "triton" always (or a RuntimeError).
     The interpreter runs only when asked for by name: it costs about 2 ms per program, so it is for tests."""
     if impl not in ("auto", "triton", "ref"):
@@ -30,9 +30,10 @@ def use_triton(impl, x):
             raise RuntimeError("impl='triton' needs the triton package (Linux): pip install triton==3.7.1")
         if not (x.is_cuda or INTERPRET):
             raise RuntimeError(f"impl='triton' needs a CUDA tensor, got one on {x.device}; use impl='ref'")
-        check(x.dtype in DTYPES, f"the kernel takes float32, float16 or bfloat16, got {x.dtype}")
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        check(x.dtype in dtypes, f"the kernel takes {', '.join(most)} or {last}, got {x.dtype}")
         return True
-    return impl == "auto" and HAS_TRITON and x.is_cuda and x.dtype in DTYPES
+    return impl == "auto" and HAS_TRITON and x.is_cuda and x.dtype in dtypes
 
 
 def check(condition, message):
