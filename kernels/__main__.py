@@ -23,7 +23,7 @@ if __name__ == "__main__":                                   # before triton is 
 from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
-OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv")
+OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "token_logp")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
@@ -66,9 +66,11 @@ def amd_usage(assembly):
 
 
 def compile_case(case, arch):
-    """Compile one AOT case for one architecture and read off what can be known without running it."""
+    """Compile one AOT case for one architecture and read off what can be known without running it.
+    case[arch], where a case has it, holds what differs there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    case = case | case.get(arch, {})
     names = case["kernel"].arg_names
     source = ASTSource(fn=case["kernel"], constexprs=case["constexprs"],
                        signature={name: case["signature"].get(name, "constexpr") for name in names},
