@@ -106,8 +106,8 @@ def _token_logp_fwd_kernel(h_ptr, w_ptr, target_ptr, max_ptr, sum_ptr, x_target_
 def _token_logp_bwd_kernel(h_ptr, w_ptr, target_ptr, max_ptr, log_sum_ptr, dlogp_ptr, dx_ptr, stride_h, stride_w,
                            stride_x, T, V, D, first, blocks_v, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
                            BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr, GROUP: tl.constexpr):
-    """One program: a (BLOCK_T, BLOCK_V) tile of dL/dx (T, stride_x), whose columns are those of V from its block
-    `first` on. The last tile's columns behind V are written too, and nobody reads them."""
+    """One program: a (BLOCK_T, BLOCK_V) tile of dL/dx, whose columns are those of V from its block `first` on. dL/dx
+    has room for whole tiles: what lies behind T or V is written too, without a mask, and nobody reads it."""
     block, block_v = _block(tl.cdiv(T, BLOCK_T), blocks_v, GROUP)
     rows = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)                           # (BLOCK_T,)
     cols = (first + block_v) * BLOCK_V + tl.arange(0, BLOCK_V)                            # (BLOCK_V,)
@@ -120,9 +120,8 @@ def _token_logp_bwd_kernel(h_ptr, w_ptr, target_ptr, max_ptr, log_sum_ptr, dlogp
     dlogp = tl.load(dlogp_ptr + rows, mask=inside, other=0.0)
     p = tl.exp(x - m[:, None] - log_sum[:, None])
     dx = dlogp[:, None] * tl.where(cols[None, :] == target[:, None], 1 - p, -p)
-    at = dx_ptr + (rows * stride_x + block_v * BLOCK_V)       # added up in two steps: fewer registers
-    tl.store(at[:, None] + tl.arange(0, BLOCK_V).to(tl.int64)[None, :], dx.to(dx_ptr.dtype.element_ty),
-             mask=inside[:, None])
+    local = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    tl.store(dx_ptr + (rows[:, None] * stride_x + local[None, :]), dx.to(dx_ptr.dtype.element_ty))
 
 
 # ------------------------------------------------------------------ autograd
@@ -177,15 +176,16 @@ class _TokenLogp(torch.autograd.Function):
         (T, D), V = h.shape, len(w)
         constants, options, _, chunk = _plan(h, w)
         block, (want_h, want_w, _) = constants["BLOCK_V"], ctx.needs_input_grad
-        dlogp, buffer = dlogp.contiguous(), torch.empty((T, chunk), dtype=h.dtype, device=h.device)
+        blocks_t, dlogp = -(-T // constants["BLOCK_T"]), dlogp.contiguous()
+        buffer = torch.empty((blocks_t * constants["BLOCK_T"], chunk), dtype=h.dtype, device=h.device)
         dh = torch.zeros((T, D), dtype=torch.float32, device=h.device) if want_h else None
         dw = torch.empty((V, D), dtype=w.dtype, device=w.device) if want_w else None
         for first in range(0, V, chunk):
             end = min(first + chunk, V)
-            dx = buffer[:, :end - first]                                                  # (T, columns)
+            dx = buffer[:T, :end - first]                                                 # (T, columns)
             blocks_v = -(-(end - first) // block)
-            launch(_token_logp_bwd_kernel, -(-T // constants["BLOCK_T"]) * blocks_v, h, w, target, *lse, dlogp, dx,
-                   h.stride(0), w.stride(0), chunk, T, V, D, first // block, blocks_v, **constants, **options)
+            launch(_token_logp_bwd_kernel, blocks_t * blocks_v, h, w, target, *lse, dlogp, dx, h.stride(0),
+                   w.stride(0), chunk, T, V, D, first // block, blocks_v, **constants, **options)
             with torch.autocast(h.device.type, enabled=False):
                 if want_h:
                     dh += _product(dx, w[first:end])
@@ -238,7 +238,7 @@ def _aot_cases(dtype, T, D, V):
     def cases(roomy):
         constants, options, part, chunk = plan(T, D, V, 4 if dtype == "fp32" else 2, roomy)
         shared = {"h_ptr": f"*{dtype}", "w_ptr": f"*{dtype}", "target_ptr": "*i64", "stride_h": D, "stride_w": D,
-                  "T": T, "V": V, "D": D}
+                  "T": "i32", "V": V, "D": D}
         forward = dict.fromkeys(("max_ptr", "sum_ptr", "x_target_ptr"), "*fp32") | {"part": part}
         backward = dict.fromkeys(("max_ptr", "log_sum_ptr", "dlogp_ptr"), "*fp32")
         backward |= {"dx_ptr": f"*{dtype}", "stride_x": chunk, "first": "i32", "blocks_v": "i32"}
