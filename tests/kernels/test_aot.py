@@ -66,7 +66,8 @@ def test_nothing_spills(compiled):
 def test_matrix_instructions(compiled):
     """None in row-wise operations; always for 16-bit and integer products; NVIDIA has none for exact fp32."""
     row_wise = [row for row in compiled if row["op"] in ("masked_focal_ce", "decode_scores")]
-    fp32 = [row for row in compiled if row["op"] in ("kron_quant", "score_conv") and row["dtype"] == "fp32"]
+    exact = ("kron_quant", "score_conv", "cosine_max")
+    fp32 = [row for row in compiled if row["op"] in exact and row["dtype"] == "fp32"]
     assert [label(row) for row in row_wise if row["mma"]] == []
     assert {row["arch"] for row in fp32 if row["mma"]} == {"gfx942"}        # anywhere else it would be tf32
     assert [label(row) for row in compiled if not row["mma"] and row not in row_wise + fp32] == []
