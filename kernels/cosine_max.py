@@ -80,28 +80,29 @@ def dot_rows(a_ptr, rows, stride_a, b_ptr, cols, stride_b, D, WIDE: tl.constexpr
 
 @triton.jit
 def _cosine_max_kernel(e_ptr, cluster_ptr, max_ptr, index_ptr, stride_e, N, D, blocks, tiles, WIDE: tl.constexpr,
-                       BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """One program: BLOCK rows j against the chunk of `tiles` blocks of rows i; both maxima of slice `chunk`.
+                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One program: BLOCK_M rows j against the chunk of `tiles` times BLOCK_N rows i; both maxima of slice `chunk`.
 
     Neighbouring programs share the chunk, and find it in the L2."""
     block, chunk = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    rows = block * BLOCK + tl.arange(0, BLOCK)                                            # (BLOCK,)
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)                                        # (BLOCK_M,)
     inside = rows < N
     if cluster_ptr is not None:
         mine = tl.load(cluster_ptr + rows.to(tl.int64), mask=inside, other=-1)
         low, high = tl.min(mine, axis=0), tl.max(mine, axis=0)
-    best = tl.full((BLOCK,), -float("inf"), tl.float32)
-    index = tl.full((BLOCK,), -1, tl.int32)
-    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, block + 1)):         # none above the diagonal
-        cols = tile * BLOCK + tl.arange(0, BLOCK)                                         # (BLOCK,)
+    best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    index = tl.full((BLOCK_M,), -1, tl.int32)
+    end = tl.cdiv((block + 1) * BLOCK_M, BLOCK_N)            # the tiles behind this one lie above the diagonal
+    for tile in range(chunk * tiles, tl.minimum((chunk + 1) * tiles, end)):
+        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)                                     # (BLOCK_N,)
         wanted = True
         if cluster_ptr is not None:
             theirs = tl.load(cluster_ptr + cols.to(tl.int64), mask=cols < N, other=-1)
             wanted = (tl.max(theirs, axis=0) >= low) & (tl.min(theirs, axis=0) <= high)
         if wanted:
             s = dot_rows(e_ptr, tl.minimum(rows, N - 1), stride_e, e_ptr, tl.minimum(cols, N - 1), stride_e, D,
-                         WIDE, BLOCK, BLOCK, BLOCK_D)                                     # (BLOCK, BLOCK)
-            if tile == block:                                # all other tiles lie below the diagonal
+                         WIDE, BLOCK_M, BLOCK_N, BLOCK_D)                                 # (BLOCK_M, BLOCK_N)
+            if (tile + 1) * BLOCK_N > block * BLOCK_M:       # all other tiles lie below the diagonal
                 s = tl.where(cols[None, :] < rows[:, None], s, -float("inf"))
             if cluster_ptr is not None:
                 s = tl.where(theirs[None, :] == mine[:, None], s, -float("inf"))
@@ -118,8 +119,8 @@ def _cosine_max_kernel(e_ptr, cluster_ptr, max_ptr, index_ptr, stride_e, N, D, b
 def plan(dtype):
     """Block sizes and options. Matrix units in 16 bits; exact fp32 runs on the others, in smaller tiles."""
     if dtype == torch.float32:
-        return {"BLOCK": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 3}
-    return {"BLOCK": 128, "BLOCK_D": 64}, {"num_warps": 8, "num_stages": 3}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 4}
 
 
 def padded(x, block_d):
@@ -135,9 +136,9 @@ def _cosine_max(e, cluster):
     e = padded(e.detach(), sizes["BLOCK_D"])
     cluster = None if cluster is None else cluster.to(torch.int32).contiguous()
     N, D = e.shape
-    blocks = -(-N // sizes["BLOCK"])
-    tiles = max(8, -(-blocks // 64))                         # of a program: enough programs, and a small buffer
-    chunks = -(-blocks // tiles)
+    blocks, all_tiles = -(-N // sizes["BLOCK_M"]), -(-N // sizes["BLOCK_N"])
+    tiles = max(8, -(-all_tiles // 64))                      # of a program: enough programs, and a small buffer
+    chunks = -(-all_tiles // tiles)
     m = torch.empty((chunks, N), dtype=torch.float32, device=e.device)
     index = torch.empty((chunks, N), dtype=torch.int32, device=e.device)
     launch(_cosine_max_kernel, blocks * chunks, e, cluster, m, index, e.stride(0), N, D, blocks, tiles,

@@ -71,12 +71,12 @@ def _greedy_match_kernel(a_ptr, b_ptr, a_mask_ptr, b_mask_ptr, row_ptr, col_ptr,
 
 
 def plan(B, M, N, dtype):
-    """Block sizes and options: large tiles where they give two programs to each of 132 processors. Matrix units in
+    """Block sizes and options: large tiles where they give a program to each of 132 processors. Matrix units in
     16 bits; exact fp32 runs on the others."""
     if dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 3}
-    if min(M, N) > 64 and B * -(-M // 128) * -(-N // 128) >= 264:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_D": 64}, {"num_warps": 8, "num_stages": 3}
+    if min(M, N) > 128 and B * -(-M // 128) * -(-N // 256) >= 132:
+        return {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_D": 32}, {"num_warps": 8, "num_stages": 3}
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}, {"num_warps": 4, "num_stages": 3}
 
 

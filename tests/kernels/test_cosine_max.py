@@ -18,14 +18,14 @@ from kernels.cosine_max import blocked, cosine_max, cosine_max_ref, tile_max
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("padded", "aligned in NaN", "transposed", "expanded rows", "expanded columns", "every other")
-BLOCKS = [(16, 16), (16, 32), (32, 16), (64, 64), (128, 32)]                             # rows, columns
+BLOCKS = [(16, 16, 32), (16, 64, 16), (64, 16, 16), (64, 64, 64), (128, 256, 32)]        # rows j, rows i, columns
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """16 rows a tile and 8 tiles a program: tiles of all kinds and several chunks from 200 rows on."""
-    monkeypatch.setattr(op, "plan", lambda dtype: ({"BLOCK": 16, "BLOCK_D": 16}, {"num_warps": 4}))
+    monkeypatch.setattr(op, "plan", lambda dtype: (dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_D"), 16), {"num_warps": 4}))
 
 
 def clusters(kind, N, device):
@@ -96,9 +96,9 @@ def test_several_tiles_and_chunks(device, small_blocks, N, kind):
     agree(e, clusters(kind, N, device))
 
 
-@pytest.mark.parametrize("block, block_d", BLOCKS)
-def test_each_block_size_alone(device, monkeypatch, block, block_d):
-    sizes = {"BLOCK": block, "BLOCK_D": block_d}
+@pytest.mark.parametrize("blocks", BLOCKS)
+def test_each_block_size_alone(device, monkeypatch, blocks):
+    sizes = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_D"), blocks))
     monkeypatch.setattr(op, "plan", lambda dtype: (sizes, {"num_warps": 4}))
     e, cluster = op.example(2, 150, 70, torch.float16, device)
     agree(e, cluster)
