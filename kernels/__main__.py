@@ -23,8 +23,8 @@ if __name__ == "__main__":                                   # before triton is 
 from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
-OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "cross_entropy",
-       "fused_adamw")
+OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "moebius", "masked_blend",
+       "cross_entropy", "fused_adamw", "token_logp", "cosine_max", "hard_assign", "greedy_match")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program
@@ -89,9 +89,11 @@ def amd_usage(assembly):
 
 
 def compile_case(case, arch):
-    """Compile one AOT case for one architecture and read off what can be known without running it."""
+    """Compile one AOT case for one architecture and read off what can be known without running it.
+    case[arch], where a case has it, holds what differs there."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    case = case | case.get(arch, {})
     names = case["kernel"].arg_names
     source = ASTSource(fn=case["kernel"], constexprs=case["constexprs"],
                        signature={name: case["signature"].get(name, "constexpr") for name in names},
@@ -108,13 +110,12 @@ def compile_case(case, arch):
 
 
 def compile_report(ops):
-    """One row per op, mode, case and architecture; the floor is per row: of logits, of x (a token), of qa;
-    score_conv: per batch element."""
+    """One row per op, mode, case and architecture; the floor is of a call with 1 as its first size."""
     rows = []
     for op in ops:
         module = importlib.import_module(f"kernels.{op}")
         for case in module.AOT_CASES:
-            itemsize = 4 if case["dtype"] == "fp32" else 2
+            itemsize = {"fp64": 8, "fp32": 4}.get(case["dtype"], 2)
             n_bytes, flops = module.floor(1, *case["size"], itemsize)[case["mode"]]
             head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "size": by(case["size"])}
             for arch in TARGETS:

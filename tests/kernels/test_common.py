@@ -5,6 +5,7 @@
 A bug that must be caught here: assert_kernel without its maximum-error line (one wrong element passes).
 """
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -16,15 +17,26 @@ from torch.utils._pytree import tree_map
 
 from kernels import __main__ as report
 from kernels import cross_entropy, decode_scores, fused_adamw, int4_gemm, kron_quant, masked_focal_ce, score_conv
+from kernels import cosine_max, greedy_match, hard_assign, masked_blend, moebius, token_logp
 from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = [(9, 31, torch.float32), (3, 2000, torch.float16)]
-SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS,
+SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS, cross_entropy: ROWS,
           kron_quant: [(5, 9, 16, 3, torch.float32), (3, 4, 6, 1, torch.float16)],
           int4_gemm: [(5, 9, 34, torch.float32), (3, 40, 96, torch.float16)],
           score_conv: [(1, 3, 2, 20, 5, 3, torch.float32), (2, 2, 3, 3, 4, 1, torch.float16)],
-          cross_entropy: ROWS, fused_adamw: [(1, 8, 9, 3, torch.float32), (1, 3, 5, 2, torch.float16)]}
+          moebius: [(5, 6, torch.float32), (3, 4, torch.float64)],
+          masked_blend: [(2, 5, 3, 7, torch.float32), (2, 9, 4, 5, torch.float16)],
+          fused_adamw: [(1, 8, 9, 3, torch.float32), (1, 3, 5, 2, torch.float16)],
+          token_logp: [(9, 20, 31, torch.float32), (3, 48, 200, torch.float16)],
+          cosine_max: [(1, 70, 33, torch.float32), (3, 40, 64, torch.float16)],
+          hard_assign: [(2, 3, 20, 5, torch.float32), (1, 4, 9, 40, torch.float16)],
+          greedy_match: [(2, 30, 9, 20, torch.float32), (1, 5, 70, 64, torch.float16)]}
+
+
+def test_every_operation_has_shapes():
+    assert {module.__name__ for module in SHAPES} == {f"kernels.{op}" for op in report.OPS}
 
 
 def test_block_sizes():
@@ -91,22 +103,13 @@ def test_benchmark_rows(monkeypatch, device):
     monkeypatch.setattr(report, "time_gpu", clock)
     monkeypatch.setattr(report, "peak_memory", lambda fn: 5e6)
     monkeypatch.setattr(torch, "compile", lambda fn: fn)
-    shapes = {"kron_quant": (10, 5, 20, 1, torch.float32), "int4_gemm": (10, 5, 20, torch.float32),
-              "score_conv": (1, 3, 2, 4, 5, 3, torch.float32), "fused_adamw": (1, 3, 5, 2, torch.float32)}
-    rows = [row for op in report.OPS
-            for row in report.bench_op(op, device, [shapes.get(op, (10, 100, torch.float32))], (8e6, 1e12))]
-    keys = [(row["op"], row["mode"], row["provider"]) for row in rows]
-    providers = ("kernel", "eager", "torch.compile")
-    modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"),
-             ("kron_quant", "forward"), ("int4_gemm", "forward"), ("score_conv", "forward"), ("score_conv", "backward"))
-    modes += tuple(("cross_entropy", mode) for mode in ("forward", "backward", "full"))
-    adamw = [("fused_adamw", mode, name) for mode in ("step", "step, ema", "norm")
-             for name in ("kernel", "eager", "torch fused")][:-1]
-    extras = ("int4_gemm", "forward", "fp16 matmul"), ("cross_entropy", "full", "kernel in place")
-    sizes = {row["op"]: row["size"] for row in rows}
-    assert sizes["int4_gemm"] == "10x5x20" and sizes["score_conv"] == "1x3x2x4x5x3"
-    assert set(extras) <= set(keys) and [key for key in keys if key not in extras] == [
-        *((*mode, name) for mode in modes for name in providers), *adamw]
+    shapes = {module.__name__.removeprefix("kernels."): shapes[:1] for module, shapes in SHAPES.items()}
+    shapes["masked_focal_ce"] = [(10, 100, torch.float32)]
+    rows = [row for op in report.OPS for row in report.bench_op(op, device, shapes[op], (8e6, 1e12))]
+    for (op, mode), group in itertools.groupby(rows, key=lambda row: (row["op"], row["mode"])):
+        group = list(group)
+        assert [row["provider"] for row in group][:2] == ["kernel", "eager"] and len(group) >= 2, (op, mode)
+        assert {row["size"] for row in group} == {report.by(shapes[op][0][:-1])}
     backward = rows[3]                                            # 8000 bytes in 2 ms, peak 8 MB/s: 1 ms
     assert (backward["ms"], backward["floor ms"], backward["x floor"], backward["% of copy"]) == \
         ("2.0000", "1.0000", "2.00", "50")
@@ -120,17 +123,32 @@ def test_works_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch
+        from kernels.cosine_max import cosine_max
+        from kernels.cross_entropy import cross_entropy
         from kernels.decode_scores import decode_scores
+        from kernels.fused_adamw import squared_norm
+        from kernels.greedy_match import greedy_match
+        from kernels.hard_assign import hard_assign
         from kernels.int4_gemm import int4_gemm
         from kernels.kron_quant import kron_quant
+        from kernels.masked_blend import masked_blend
         from kernels.masked_focal_ce import masked_focal_ce
+        from kernels.moebius import moebius
         from kernels.score_conv import score_conv
+        from kernels.token_logp import token_logp
         x = torch.zeros(2, 4)
         w, b = torch.zeros(2, 2, 3), torch.zeros(2)
         assert score_conv(x.expand(1, 2, 2, 4), None, w, b, w, b)[0, 0, 0].tolist() == [0, *3 * [-torch.inf]]
         codes, scale = kron_quant(x, torch.eye(2), torch.eye(2), torch.ones(1, 2))
         assert int4_gemm(codes[0], scale[0], codes[0], scale[0]).tolist() == [[0, 0], [0, 0]]
         assert decode_scores(x)[0].tolist() == [0, 0]
+        assert moebius(torch.tensor([1.0, 3.0])).tolist() == [1, 2]
+        assert masked_blend(x[None] + 1, x, torch.tensor([1]))[0, 0, :, 0].tolist() == [1, 0]
+        assert squared_norm([x + 2]) == 32 and cross_entropy(x, torch.tensor([0, -100])) == torch.tensor(4.0).log()
+        assert token_logp(x, x, torch.tensor([-100, 1])).tolist() == [0, -torch.tensor(2.0).log()]
+        assert cosine_max(x)[1].tolist() == [-1, 0]
+        assert hard_assign(*x.expand(3, 1, 2, 4), 1.0, 1.0, seed=3)[2].sum() == 2
+        assert greedy_match(x[None] + 1, x[None] + 1, *2 * [x[None, :, 0] == 0])[0].tolist() == [[4, 4]]
         assert masked_focal_ce(x, torch.tensor([0, 1]), torch.ones(2), 1.0, 0.0) > 2.7
         try:
             decode_scores(x, impl="triton")
@@ -158,6 +176,12 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch, dev
             "int4_gemm": int4_gemm.example(7, 5, 12, torch.float32, "cpu")[:-1],
             "score_conv": score_conv.example(1, 3, 2, 4, 5, 3, torch.float16, "cpu"),
             "cross_entropy": cross_entropy.example(7, 31, torch.float32, "cpu"),
+            "moebius": moebius.example(7, 4, torch.float64, "cpu"),
+            "masked_blend": masked_blend.example(2, 3, 4, 5, torch.float16, "cpu"),
+            "token_logp": token_logp.example(7, 5, 12, torch.float32, "cpu"),
+            "cosine_max": cosine_max.example(3, 20, 12, torch.float16, "cpu"),
+            "hard_assign": hard_assign.example(2, 3, 20, 5, torch.float16, "cpu"),
+            "greedy_match": greedy_match.example(3, 4, 5, 12, torch.float16, "cpu"),
             "fused_adamw": (*fused_adamw.example(1, 3, 5, 2, torch.float16, "cpu")[1:5], 1, 1e-2)}[name]
     args = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, list(args))
     reference, calls = getattr(module, f"{name}_ref"), []
