@@ -23,7 +23,8 @@ if __name__ == "__main__":                                   # before triton is 
 from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
-OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "cosine_max", "greedy_match")
+OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "cosine_max", "greedy_match",
+       "simgraph")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program

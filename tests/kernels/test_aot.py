@@ -66,7 +66,7 @@ def test_nothing_spills(compiled):
 def test_matrix_instructions(compiled):
     """None in row-wise operations; always for 16-bit and integer products; NVIDIA has none for exact fp32."""
     row_wise = [row for row in compiled if row["op"] in ("masked_focal_ce", "decode_scores")]
-    exact = ("kron_quant", "score_conv", "cosine_max", "greedy_match")
+    exact = ("kron_quant", "score_conv", "cosine_max", "greedy_match", "simgraph")
     fp32 = [row for row in compiled if row["op"] in exact and row["dtype"] == "fp32"]
     assert [label(row) for row in row_wise if row["mma"]] == []
     assert {row["arch"] for row in fp32 if row["mma"]} == {"gfx942"}        # anywhere else it would be tf32

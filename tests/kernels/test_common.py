@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kernels import __main__ as report
-from kernels import cosine_max, decode_scores, greedy_match, int4_gemm, kron_quant, masked_focal_ce, score_conv
+from kernels import cosine_max, decode_scores, greedy_match, int4_gemm, kron_quant, masked_focal_ce, score_conv, simgraph
 from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,8 @@ SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS,
           int4_gemm: [(5, 9, 34, torch.float32), (3, 40, 96, torch.float16)],
           score_conv: [(1, 3, 2, 20, 5, 3, torch.float32), (2, 2, 3, 3, 4, 1, torch.float16)],
           cosine_max: [(1, 70, 33, torch.float32), (3, 40, 64, torch.float16)],
-          greedy_match: [(2, 30, 9, 20, torch.float32), (1, 5, 70, 64, torch.float16)]}
+          greedy_match: [(2, 30, 9, 20, torch.float32), (1, 5, 70, 64, torch.float16)],
+          simgraph: [(3, 70, 33, torch.float32), (1, 40, 64, torch.float16)]}
 
 
 def test_block_sizes():
@@ -93,16 +94,16 @@ def test_benchmark_rows(monkeypatch, device):
     monkeypatch.setattr(torch, "compile", lambda fn: fn)
     shapes = {"kron_quant": (10, 5, 20, 1, torch.float32), "int4_gemm": (10, 5, 20, torch.float32),
               "score_conv": (1, 3, 2, 4, 5, 3, torch.float32), "cosine_max": (2, 10, 20, torch.float32),
-              "greedy_match": (2, 5, 4, 20, torch.float32)}
+              "greedy_match": (2, 5, 4, 20, torch.float32), "simgraph": (2, 10, 20, torch.float32)}
     rows = [row for op in report.OPS
             for row in report.bench_op(op, device, [shapes.get(op, (10, 100, torch.float32))], (8e6, 1e12))]
     keys = [(row["op"], row["mode"], row["provider"]) for row in rows]
     providers = ("kernel", "eager", "torch.compile")
     modes = (("masked_focal_ce", "forward"), ("masked_focal_ce", "backward"), ("decode_scores", "forward"),
              ("kron_quant", "forward"), ("int4_gemm", "forward"), ("score_conv", "forward"), ("score_conv", "backward"),
-             ("cosine_max", "forward"), ("greedy_match", "forward"))
+             ("cosine_max", "forward"), ("greedy_match", "forward"), ("simgraph", "forward"))
     extra = rows.pop(keys.index(("int4_gemm", "forward", "fp16 matmul")))
-    assert extra["size"] == "10x5x20" and rows[-1]["size"] == "2x5x4x20"
+    assert extra["size"] == "10x5x20" and rows[-1]["size"] == "2x10x20"
     extras = ("fp16 matmul", "dense")
     assert [key for key in keys if key[2] not in extras] == [(*mode, name) for mode in modes for name in providers]
     backward = rows[3]                                            # 8000 bytes in 2 ms, peak 8 MB/s: 1 ms
@@ -125,6 +126,7 @@ def test_works_without_triton():
         from kernels.kron_quant import kron_quant
         from kernels.masked_focal_ce import masked_focal_ce
         from kernels.score_conv import score_conv
+        from kernels.simgraph import simgraph
         x = torch.zeros(2, 4)
         w, b = torch.zeros(2, 2, 3), torch.zeros(2)
         assert score_conv(x.expand(1, 2, 2, 4), None, w, b, w, b)[0, 0, 0].tolist() == [0, *3 * [-torch.inf]]
@@ -132,6 +134,7 @@ def test_works_without_triton():
         assert int4_gemm(codes[0], scale[0], codes[0], scale[0]).tolist() == [[0, 0], [0, 0]]
         assert decode_scores(x)[0].tolist() == [0, 0]
         assert cosine_max(x)[1].tolist() == [-1, 0]
+        assert simgraph(x + 0.5, torch.tensor([0, 1]), 2, 0.9).tolist() == [[2], [1]]
         assert greedy_match(x[None] + 1, x[None] + 1, *2 * [x[None, :, 0] == 0])[0].tolist() == [[4, 4]]
         assert masked_focal_ce(x, torch.tensor([0, 1]), torch.ones(2), 1.0, 0.0) > 2.7
         try:
@@ -160,7 +163,8 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch):
             "int4_gemm": int4_gemm.example(7, 5, 12, torch.float32, "cpu")[:-1],
             "score_conv": score_conv.example(1, 3, 2, 4, 5, 3, torch.float16, "cpu"),
             "cosine_max": cosine_max.example(3, 20, 12, torch.float16, "cpu"),
-            "greedy_match": greedy_match.example(3, 4, 5, 12, torch.float16, "cpu")}[name]
+            "greedy_match": greedy_match.example(3, 4, 5, 12, torch.float16, "cpu"),
+            "simgraph": simgraph.example(2, 40, 12, torch.float16, "cpu")}[name]
     reference, calls = getattr(module, f"{name}_ref"), []
     monkeypatch.setattr(module, f"{name}_ref", lambda *a, **k: calls.append(1) or reference(*a, **k))
     operation = kernels.checked(name, impl="triton")
