@@ -24,7 +24,8 @@ from kernels import cast
 from kernels._common import HAS_TRITON, assert_kernel, triton
 
 OPS = ("masked_focal_ce", "decode_scores", "kron_quant", "int4_gemm", "score_conv", "moebius", "masked_blend",
-       "cross_entropy", "fused_adamw", "token_logp", "cosine_max", "hard_assign", "greedy_match")
+       "cross_entropy", "fused_adamw", "token_logp", "cosine_max", "hard_assign", "greedy_match",
+       "simgraph")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}  # bytes a program

@@ -71,7 +71,8 @@ def test_no_register_is_read_before_it_is_written(compiled):
 
 def test_matrix_instructions(compiled):
     """None in operations without products; always for 16-bit and integer ones; NVIDIA has none for exact fp32."""
-    products = "kron_quant", "int4_gemm", "score_conv", "token_logp", "cosine_max", "hard_assign", "greedy_match"
+    products = "kron_quant", "int4_gemm", "score_conv", "token_logp", "cosine_max", "hard_assign", \
+        "greedy_match", "simgraph"
     without = [row for row in compiled if row["op"] not in products or row["mode"] == "backward dots"]
     fp32 = [row for row in compiled if row["dtype"] == "fp32" and row["op"] != "int4_gemm" and row not in without]
     assert [label(row) for row in without if row["mma"]] == []

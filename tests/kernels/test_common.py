@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from kernels import __main__ as report
 from kernels import cross_entropy, decode_scores, fused_adamw, int4_gemm, kron_quant, masked_focal_ce, score_conv
-from kernels import cosine_max, greedy_match, hard_assign, masked_blend, moebius, token_logp
+from kernels import cosine_max, greedy_match, hard_assign, masked_blend, moebius, simgraph, token_logp
 from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,8 @@ SHAPES = {masked_focal_ce: ROWS, decode_scores: ROWS, cross_entropy: ROWS,
           token_logp: [(9, 20, 31, torch.float32), (3, 48, 200, torch.float16)],
           cosine_max: [(1, 70, 33, torch.float32), (3, 40, 64, torch.float16)],
           hard_assign: [(2, 3, 20, 5, torch.float32), (1, 4, 9, 40, torch.float16)],
-          greedy_match: [(2, 30, 9, 20, torch.float32), (1, 5, 70, 64, torch.float16)]}
+          greedy_match: [(2, 30, 9, 20, torch.float32), (1, 5, 70, 64, torch.float16)],
+          simgraph: [(3, 70, 33, torch.float32), (1, 40, 64, torch.float16)]}
 
 
 def test_every_operation_has_shapes():
@@ -135,6 +136,7 @@ def test_works_without_triton():
         from kernels.masked_focal_ce import masked_focal_ce
         from kernels.moebius import moebius
         from kernels.score_conv import score_conv
+        from kernels.simgraph import simgraph
         from kernels.token_logp import token_logp
         x = torch.zeros(2, 4)
         w, b = torch.zeros(2, 2, 3), torch.zeros(2)
@@ -146,6 +148,7 @@ def test_works_without_triton():
         assert masked_blend(x[None] + 1, x, torch.tensor([1]))[0, 0, :, 0].tolist() == [1, 0]
         assert squared_norm([x + 2]) == 32 and cross_entropy(x, torch.tensor([0, -100])) == torch.tensor(4.0).log()
         assert token_logp(x, x, torch.tensor([-100, 1])).tolist() == [0, -torch.tensor(2.0).log()]
+        assert simgraph(x + 0.5, torch.tensor([0, 1]), 2, 0.9).tolist() == [[2], [1]]
         assert cosine_max(x)[1].tolist() == [-1, 0]
         assert hard_assign(*x.expand(3, 1, 2, 4), 1.0, 1.0, seed=3)[2].sum() == 2
         assert greedy_match(x[None] + 1, x[None] + 1, *2 * [x[None, :, 0] == 0])[0].tolist() == [[4, 4]]
@@ -182,6 +185,7 @@ def test_checked_compares_at_the_first_call_and_only_then(name, monkeypatch, dev
             "cosine_max": cosine_max.example(3, 20, 12, torch.float16, "cpu"),
             "hard_assign": hard_assign.example(2, 3, 20, 5, torch.float16, "cpu"),
             "greedy_match": greedy_match.example(3, 4, 5, 12, torch.float16, "cpu"),
+            "simgraph": simgraph.example(2, 40, 12, torch.float16, "cpu"),
             "fused_adamw": (*fused_adamw.example(1, 3, 5, 2, torch.float16, "cpu")[1:5], 1, 1e-2)}[name]
     args = tree_map(lambda x: x.to(device) if torch.is_tensor(x) else x, list(args))
     reference, calls = getattr(module, f"{name}_ref"), []
