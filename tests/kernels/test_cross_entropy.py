@@ -97,7 +97,7 @@ def test_strides(device, view):
         leaf = logits.clone().requires_grad_()
         loss = cross_entropy(view(leaf), target, *rest, inplace=inplace, impl="triton")
         grads += torch.autograd.grad(loss, leaf)
-    assert torch.equal(*grads)
+    torch.testing.assert_close(*grads)  # not equal: PyTorch adds up the gradients of expanded rows
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

@@ -222,9 +222,9 @@ def test_dispatch_cpu_and_integers_use_ref(monkeypatch, device):
     (torch.zeros(2, 8, dtype=torch.int64), "triton", "float32 or float64"),
     (torch.zeros(1, 2 ** 17), "triton", "at most 2.16 columns"),
 ])
-def test_errors(v, impl, message):
+def test_errors(v, impl, message, device):
     with pytest.raises(ValueError, match=message):
-        moebius(v, impl=impl)
+        moebius(v.to(device), impl=impl)
 
 
 # ------------------------------------------------------------------ on a GPU only

@@ -32,14 +32,15 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rows, columns, part) sets a size; else one large tile, as the interpreter is slow for each program."""
+    """tiles(rows, columns, part) sets a size; else on a CPU one large tile: the interpreter is slow for each program."""
     def use(rows=16, columns=32, part=16):
         def plan(*args):
             constants, _, options = own(*args)
             return {**constants, "BLOCK_M": rows, "BLOCK_N": columns}, part, options
         monkeypatch.setattr(op, "plan", plan)
     own = op.plan
-    use()
+    if op.INTERPRET:
+        use()
     return use
 
 
@@ -397,6 +398,7 @@ def test_gpu_large_and_repeatable(dtype):
 def test_blocks_of_queries_take_the_kernel(monkeypatch, device):
     """convattn.py's attention by blocks, which are computed again in the backward pass, self-check included."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     bias, settings = convattn.Kerple(3, 64).to(device), SimpleNamespace(slope=0.01, edge="extend", kernels=False)
     conv = convattn.ScoreConv(6, 3, 4, 3, settings).to(device)
     qkv = [torch.randn(1, 3, 11, 4, device=device, requires_grad=True) for _ in range(3)]
