@@ -247,11 +247,13 @@ def _score_conv_bwd_dw_kernel(s_ptr, da_ptr, table_ptr, w1_ptr, w2_ptr, dtable_p
 
 # ------------------------------------------------------------------ autograd
 def plan(H, W, k, itemsize):
-    """Constants of the kernels, rows of a part, options; or None where weights and sums do not fit the registers."""
+    """Constants of the kernels, rows of a part, options; or None where weights and sums do not fit the registers.
+    The kernel of the weights' gradients takes at most 32 columns: with 64 and 4 warps, ptxas 12.8 (triton 3.6, 3.7)
+    made code for sm_90 that reads a register before it is written, and the gradients were wrong on an H200."""
     HP, WP, TAPS = sizes(H, W, k)
     if HP * WP * TAPS > (4096 if itemsize == 2 else 2048):
         return None
-    columns, warps = (16, 8) if itemsize == 4 else (64, 8) if HP * WP * TAPS <= 2048 and WP <= 32 else (32, 4)
+    columns, warps = (16, 8) if itemsize == 4 else (64, 4) if HP * WP * TAPS <= 2048 and WP <= 32 else (32, 4)
     constants = dict(H=H, K=k, HP=HP, WP=WP, TAPS=TAPS, BLOCK_M=1, BLOCK_N=columns)
     return constants, 128, {"num_warps": warps, "num_stages": 1}
 
@@ -284,6 +286,7 @@ class _ScoreConv(torch.autograd.Function):
             launch(_score_conv_bwd_ds_kernel, _programs(s, constants), s, da, table, w1, w2, ds, *args,
                    **constants, **options)
         if any(ctx.needs_input_grad[1:5]):
+            constants |= {"BLOCK_N": min(constants["BLOCK_N"], 32)}                       # see plan
             parts, n = B * -(-M // part), B * -(-M // part) * -(-T // constants["BLOCK_N"])
             shapes = (parts, T, WP), (B, p, M, WP), (parts, T, constants["HP"]), (n, 2, *w1.shape)
             sums = [torch.empty(shape, dtype=torch.float32, device=s.device) for shape in shapes]
@@ -376,8 +379,9 @@ def _aot_cases(dtype, H, M, N, W, k):
     sums = dict.fromkeys(("dtable_ptr", "dedge_ptr", "dbias_ptr", "dw_ptr"), "*fp32")
     kernels = ((_score_conv_fwd_kernel, "forward", inputs | {"bias_ptr": "*fp32", "a_ptr": f"*{dtype}"}, {}),
                (_score_conv_bwd_ds_kernel, "backward ds", backward | {"ds_ptr": f"*{dtype}"}, {}),
-               (_score_conv_bwd_dw_kernel, "backward dw", backward | sums, {"PART": part}))
-    return [aot_case(kernel, mode, dtype, (H, M, N, W, k), arguments, options, **constants, **extra)
+               (_score_conv_bwd_dw_kernel, "backward dw", backward | sums,
+                {"PART": part, "BLOCK_N": min(constants["BLOCK_N"], 32)}))
+    return [aot_case(kernel, mode, dtype, (H, M, N, W, k), arguments, options, **(constants | extra))
             for kernel, mode, arguments, extra in kernels]
 
 
