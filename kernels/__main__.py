@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""python -m kernels [op] [--compile] [--json FILE]
+"""python -m kernels [op] [--compile] [--json FILE] [--show FILE]
 
 On a GPU: each kernel against its reference in fp64, and only if that passes the benchmark.
 Without one, or with --compile: what the compiler makes of each kernel for sm_80, sm_90, sm_100 and gfx942.
+--show: the kernels of a saved benchmark beside the other ways; kernels/h200.json is one.
 """
 import argparse
+import concurrent.futures
 import importlib
+import itertools
 import json
 import os
 import re
@@ -110,19 +113,22 @@ def compile_case(case, arch):
             "offsets": "+".join(sorted(set(offsets)))}
 
 
+def compile_row(job):
+    """One row of the compile report."""
+    op, index, arch = job
+    module = importlib.import_module(f"kernels.{op}")
+    case = module.AOT_CASES[index]
+    n_bytes, flops = module.floor(1, *case["size"], {"fp64": 8, "fp32": 4}.get(case["dtype"], 2))[case["mode"]]
+    return {"op": op, "mode": case["mode"], "dtype": case["dtype"], "size": by(case["size"]), "arch": arch,
+            **compile_case(case, arch), "floor B": n_bytes, "floor FLOP": flops}
+
+
 def compile_report(ops):
     """One row per op, mode, case and architecture; the floor is of a call with 1 as its first size."""
-    rows = []
-    for op in ops:
-        module = importlib.import_module(f"kernels.{op}")
-        for case in module.AOT_CASES:
-            itemsize = {"fp64": 8, "fp32": 4}.get(case["dtype"], 2)
-            n_bytes, flops = module.floor(1, *case["size"], itemsize)[case["mode"]]
-            head = {"op": op, "mode": case["mode"], "dtype": case["dtype"], "size": by(case["size"])}
-            for arch in TARGETS:
-                rows.append({**head, "arch": arch, **compile_case(case, arch),
-                             "floor B/row": n_bytes, "floor FLOP/row": flops})
-    return rows
+    modules = {op: importlib.import_module(f"kernels.{op}") for op in ops}
+    jobs = [(op, i, arch) for op, module in modules.items() for i in range(len(module.AOT_CASES)) for arch in TARGETS]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count()) as processes:
+        return list(processes.map(compile_row, jobs))
 
 
 # ------------------------------------------------------------------ with a GPU: check, then benchmark
@@ -214,6 +220,21 @@ def gpu_report(ops):
     return rows
 
 
+def summary(rows):
+    """A benchmark's rows of the kernels: share of the floor's speed, times faster than the others, peak memory."""
+    found = []
+    for key, group in itertools.groupby(rows, key=lambda row: [row[k] for k in ("op", "mode", "size", "dtype")]):
+        group = {row["provider"]: row for row in group}
+        kernel = group.pop("kernel")
+        faster = {name: f"{float(row['ms']) / float(kernel['ms']):.2f} x" for name, row in group.items()}
+        others = ", ".join(f"{name} {faster[name]}" for name in faster if name not in ("eager", "torch.compile"))
+        found.append(dict(zip(("op", "mode", "size", "dtype"), key)) | {
+            "ms": kernel["ms"], "of floor": f"{100 / float(kernel['x floor']):.0f} %",
+            "eager": faster["eager"], "torch.compile": faster.get("torch.compile"),
+            "MB": kernel["peak MB"], "eager MB": group["eager"]["peak MB"], "others": others})
+    return found
+
+
 # ------------------------------------------------------------------ main
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kernels", description=__doc__, allow_abbrev=False,
@@ -221,7 +242,13 @@ def main(argv=None):
     parser.add_argument("op", nargs="?", choices=OPS, help="one operation instead of all")
     parser.add_argument("--compile", action="store_true", help="the compile report, on a GPU as well")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--show", metavar="FILE", help="print a benchmark that --json saved")
     args = parser.parse_args(argv)
+    if args.show:
+        with open(args.show) as file:
+            saved = json.load(file)
+        print(f"{saved['device']}; torch {saved['torch']}, triton {saved['triton']}")
+        return table(summary(row for row in saved["rows"] if args.op in (None, row["op"])))
     if not HAS_TRITON:
         sys.exit("error: this needs the triton package (Linux): pip install triton==3.7.1")
     on_gpu = torch.cuda.is_available() and not args.compile
@@ -231,7 +258,8 @@ def main(argv=None):
     table(rows)
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(rows, file, indent=1)
+            head = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
+            json.dump(head | {"rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

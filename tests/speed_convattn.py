@@ -7,7 +7,7 @@ python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory, o
 A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3), in fp32,
 on a GPU in bfloat16. official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added
 back, mask, softmax. Times are medians of five rounds in which all take turns (on a CPU one round from T = 2048 on).
-Memory is what a step adds at its peak: on a CPU what the largest resident size grows by, in a process of its own (Linux).
+Memory is what a step adds at its peak: on a CPU, how much the largest resident size grows, in its own process (Linux).
 """
 import math
 import re
@@ -103,8 +103,9 @@ def main():
     few, all_ = ["dense", "blocks64"], ["official", "dense", "blocks64"]
     cases = [(all_, 512, 4), (all_, 1024, 1), (few, 2048, 1), (few, 4096, 1), (["blocks64"], 8192, 1)]
     if DEVICE == "cuda":
-        few = ["dense", "blocks64", "blocks128", "blocks256", "dense, kernel", "blocks256, kernel"]
-        cases = [(["official", *few], 512, 32), (["official", *few], 2048, 4), (few, 4096, 1), (few, 8192, 1)]
+        few = ["dense", "blocks256", "blocks1024", "dense, kernel", "blocks1024, kernel"]
+        all_ = ["official", "dense", "blocks128", "blocks256", "dense, kernel", "blocks256, kernel"]
+        cases = [(all_, 512, 32), (["official", *few], 2048, 4), (few, 4096, 1), (few, 8192, 1)]
     for kinds, T, batch in cases:
         used = {kind: memory(kind, T, batch) for kind in kinds}
         for kind, (seconds, ratio) in timed(kinds, T, batch, 5 if T < 2048 or DEVICE == "cuda" else 1).items():

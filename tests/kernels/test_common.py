@@ -118,6 +118,13 @@ def test_benchmark_rows(monkeypatch, device):
     report.table(rows)
 
 
+def test_readme_shows_the_saved_benchmark(capsys):
+    report.main(["--show", str(ROOT / "kernels" / "h200.json")])
+    assert capsys.readouterr().out in (ROOT / "kernels" / "README.md").read_text()
+    report.main(["moebius", "--show", str(ROOT / "kernels" / "h200.json")])
+    assert "moebius" in (shown := capsys.readouterr().out) and "int4_gemm" not in shown
+
+
 def test_works_without_triton():
     """On macOS and Windows the package imports, the reference runs, and the rest says what is missing."""
     code = """if True:

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 @pytest.fixture
 def small_blocks(monkeypatch):
     """16 rows a tile and 8 tiles a program: tiles of all kinds and several chunks from 200 rows on."""
-    monkeypatch.setattr(op, "plan", lambda dtype: (dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_D"), 16), {"num_warps": 4}))
+    sizes = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_D"), 16)
+    monkeypatch.setattr(op, "plan", lambda dtype: (sizes, {"num_warps": 4}))
 
 
 def clusters(kind, N, device):

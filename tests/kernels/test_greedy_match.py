@@ -42,8 +42,9 @@ def random_masks(B, M, N, device):
 
 def brute_force(a, b, a_mask, b_mask):
     """Row maxima of each pair by plain Python."""
+    pairs = zip(*(x.tolist() for x in (a, b, a_mask, b_mask)))
     return [[max((sum(x * y for x, y in zip(u, v)) for v, keep in zip(vs, keeps) if keep), default=0.0) if live else 0.0
-             for u, live in zip(us, lives)] for us, vs, lives, keeps in zip(*(x.tolist() for x in (a, b, a_mask, b_mask)))]
+             for u, live in zip(us, lives)] for us, vs, lives, keeps in pairs]
 
 
 # ------------------------------------------------------------------ the reference
@@ -164,8 +165,9 @@ def test_dispatch_cpu_uses_ref(monkeypatch):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({0: torch.zeros(3, 5)}, "a must be"), ({0: torch.zeros(2, 3, 0)}, "D >= 1"), ({1: torch.zeros(2, 4, 6)}, "b must be"),
-    ({1: torch.zeros(3, 4, 5)}, "b must be"), ({1: torch.zeros(2, 4, 5).half()}, "one float type"),
+    ({0: torch.zeros(3, 5)}, "a must be"), ({0: torch.zeros(2, 3, 0)}, "D >= 1"),
+    ({1: torch.zeros(2, 4, 6)}, "b must be"), ({1: torch.zeros(3, 4, 5)}, "b must be"),
+    ({1: torch.zeros(2, 4, 5).half()}, "one float type"),
     ({2: torch.zeros(2, 3)}, "a_mask must be bool"), ({3: torch.zeros(2, 3).bool()}, "b_mask must be bool"),
     ({3: torch.zeros(2, 4, device="meta").bool()}, "one device"),
 ])

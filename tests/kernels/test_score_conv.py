@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rows, columns, part) sets a size; else on a CPU one large tile: the interpreter is slow for each program."""
+    """tiles(rows, columns, part) sets a size; else on a CPU one large tile: each program costs the interpreter time."""
     def use(rows=16, columns=32, part=16):
         def plan(*args):
             constants, _, options = own(*args)
