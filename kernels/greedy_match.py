@@ -118,8 +118,8 @@ def greedy_match(a, b, a_mask, b_mask, *, impl="auto"):
 # ------------------------------------------------------------------ compile cases and benchmark
 MATMUL = "bf16"                                                                # the unit whose peak counts
 # (B, M, N, D) and dtype
-CHECK_SHAPES = [(5, 70, 33, 96, torch.float32), (64, 128, 128, 576, torch.float16), (40, 300, 260, 1024, torch.bfloat16),
-                (70, 129, 200, 383, torch.float16)]
+CHECK_SHAPES = [(5, 70, 33, 96, torch.float32), (64, 128, 128, 576, torch.float16),
+                (40, 300, 260, 1024, torch.bfloat16), (70, 129, 200, 383, torch.float16)]
 BENCH_SHAPES = [(256, 512, 512, 1024, torch.float16), (256, 512, 512, 1024, torch.bfloat16),
                 (64, 128, 128, 576, torch.float16), (64, 128, 128, 576, torch.float32),
                 (256, 512, 512, 1024, torch.float32)]

@@ -3,11 +3,11 @@
 """Graph of tools whose parameters mean the same: cosine, threshold and OR over the rows of a tool (toolflow.py,
 section 7).
 
-    edge(s, t) = 1  iff  s != t and x_i . x_j > tau for some rows i of tool s and j of tool t          (> as in the paper)
+    edge(s, t) = 1  iff  s != t and x_i . x_j > tau for some rows i of tool s and j of tool t    (> as in the paper)
 
 Shapes: x (K, D) fp32/fp16/bf16, rows of norm <= 1; owner (K,) integers in [0, n_owners), the tool of each row, in
-any order; tau a number. Returns the adjacency as bits (n_owners, ceil(n_owners / 32)) int32: bit t % 32 of word t // 32
-of row s (`unpack` gives bools). Symmetric, zero diagonal; tools without rows have no edge. No gradient.
+any order; tau a number. Returns the adjacency as bits (n_owners, ceil(n_owners / 32)) int32: bit t % 32 of word
+t // 32 of row s (`unpack` gives bools). Symmetric, zero diagonal; tools without rows have no edge. No gradient.
 A product that is NaN is not above tau.
 
 Exactness: 16-bit x: exact products, sums in fp32. fp32 x: all tiles run in fp16 on the matrix units, with an error of
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from kernels._common import INTERPRET, aot_case, check, launch, tl, triton, use_triton
 from kernels.cosine_max import INTEGERS, dot_rows, padded
 
-MARGIN = 1e-3                                                # a similarity of fp16 rows is nearer than this to the exact one
+MARGIN = 1e-3                                                # bounds the error of a similarity of fp16 rows
 
 
 # ------------------------------------------------------------------ storage and reference

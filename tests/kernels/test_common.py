@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from kernels import __main__ as report
-from kernels import cosine_max, decode_scores, greedy_match, int4_gemm, kron_quant, masked_focal_ce, score_conv, simgraph
+from kernels import (cosine_max, decode_scores, greedy_match, int4_gemm, kron_quant, masked_focal_ce, score_conv,
+                     simgraph)
 from kernels._common import aot_case, assert_kernel, block_sizes
 
 ROOT = Path(__file__).resolve().parents[2]

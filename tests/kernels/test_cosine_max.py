@@ -25,14 +25,15 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.filterwarnings("ign
 @pytest.fixture
 def small_blocks(monkeypatch):
     """16 rows a tile and 8 tiles a program: tiles of all kinds and several chunks from 200 rows on."""
-    monkeypatch.setattr(op, "plan", lambda dtype: (dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_D"), 16), {"num_warps": 4}))
+    sizes = dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_D"), 16)
+    monkeypatch.setattr(op, "plan", lambda dtype: (sizes, {"num_warps": 4}))
 
 
 def clusters(kind, N, device):
-    gen = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, (N,), generator=gen) * 7 - 7
-    return {"one": None, "mixed": ids, "grouped": ids.sort().values, "alone": torch.arange(N)}[kind].to(device) \
-        if kind != "one" else None
+    if kind == "one":
+        return None
+    ids = torch.randint(3, (N,), generator=torch.Generator().manual_seed(1)) * 7 - 7
+    return {"mixed": ids, "grouped": ids.sort().values, "alone": torch.arange(N)}[kind].to(device)
 
 
 def agree(e, cluster=None):
