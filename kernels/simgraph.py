@@ -4,11 +4,12 @@
 section 7).
 
     edge(s, t) = 1  iff  s != t and x_i . x_j > tau for some rows i of tool s and j of tool t    (> as in the paper)
+                         of which one at least is a parameter: two returns make no edge
 
 Shapes: x (K, D) fp32/fp16/bf16, rows of norm <= 1; owner (K,) integers in [0, n_owners), the tool of each row, in
-any order; tau a number. Returns the adjacency as bits (n_owners, ceil(n_owners / 32)) int32: bit t % 32 of word t // 32
-of row s (`unpack` gives bools). Symmetric, zero diagonal; tools without rows have no edge. No gradient.
-A product that is NaN is not above tau.
+any order; tau a number; returns (K,) bool, True for a tool's returns, or None: all rows are parameters.
+Returns the adjacency as bits (n_owners, ceil(n_owners / 32)) int32: bit t % 32 of word t // 32 of row s (`unpack`
+gives bools). Symmetric, zero diagonal; tools without rows have no edge. No gradient. NaN is not above tau.
 
 Exactness: 16-bit x: exact products, sums in fp32. fp32 x: all tiles run in fp16 on the matrix units, with an error of
 at most 2**-10 sum_k |x_ik x_jk| <= 2**-10 and the rounding of the sums; a pair further than MARGIN = 1e-3 from tau is
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from kernels._common import INTERPRET, aot_case, check, launch, tl, triton, use_triton
 from kernels.cosine_max import INTEGERS, dot_rows, padded
 
-MARGIN = 1e-3                                                # a similarity of fp16 rows is nearer than this
+MARGIN = 1e-3                                                # bounds the error of a similarity of fp16 rows
 
 
 # ------------------------------------------------------------------ storage and reference
@@ -43,23 +44,27 @@ def unpack(bits):
     return single.bool().flatten(1)[:, :len(bits)]
 
 
-def simgraph_ref(x, owner, n_owners, tau, block=2048):
+def simgraph_ref(x, owner, n_owners, tau, returns=None, block=2048):
     """Plain PyTorch, in fp32 (fp64 for fp64 rows), on blocks of block**2 products; the CPU path."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return blocked(x.detach().to(dtype), owner, n_owners, tau, block)
+    return blocked(x.detach().to(dtype), owner, n_owners, tau, returns, block)
 
 
-def above(a, b, tau):
-    return a @ b.T > tau
+def above(a, b, tau, parameter_a, parameter_b):
+    """Pairs of a row of a and one of b that make an edge, (R, C) bool."""
+    return (a @ b.T > tau) & (parameter_a[:, None] | parameter_b)
 
 
-def blocked(x, owner, n_owners, tau, block, step=above):
+def blocked(x, owner, n_owners, tau, returns, block, step=above):
     """simgraph in the type of x, block by block on and above the diagonal."""
     owner = owner.long()
+    parameter = torch.ones_like(owner, dtype=torch.bool) if returns is None else ~returns
     adjacent = torch.zeros(n_owners, n_owners, dtype=torch.bool, device=x.device)
     for i in range(0, len(x), block):
         for j in range(i, len(x), block):
-            rows, cols = step(x[i:i + block], x[j:j + block], tau).nonzero(as_tuple=True)
+            first, second = slice(i, i + block), slice(j, j + block)
+            pairs = step(x[first], x[second], tau, parameter[first], parameter[second])
+            rows, cols = pairs.nonzero(as_tuple=True)
             adjacent[owner[i + rows], owner[j + cols]] = True
     return pack((adjacent | adjacent.T).fill_diagonal_(False))
 
@@ -74,9 +79,11 @@ def _simgraph_kernel(x_ptr, owner_ptr, tile_ptr, bits_ptr, near_ptr, stride_x, K
     lane = tl.arange(0, BLOCK)
     rows = tl.minimum(tl.load(tile) * BLOCK + lane, K - 1)                                # (BLOCK,)
     cols = tl.minimum(tl.load(tile + tl.full((), 1, tl.int64)) * BLOCK + lane, K - 1)     # (BLOCK,)
-    ours = tl.load(owner_ptr + rows.to(tl.int64))
+    ours = tl.load(owner_ptr + rows.to(tl.int64))            # 2 owner + (1 for a row of `returns`)
     theirs = tl.load(owner_ptr + cols.to(tl.int64))
     s = dot_rows(x_ptr, rows, stride_x, x_ptr, cols, stride_x, D, WIDE, BLOCK, BLOCK, BLOCK_D)   # (BLOCK, BLOCK)
+    s = tl.where((ours & 1)[:, None] + (theirs & 1)[None, :] == 2, -float("inf"), s)
+    ours, theirs = ours >> 1, theirs >> 1
     s = tl.where(ours[:, None] == theirs[None, :], -float("inf"), s)
     if near_ptr is not None:
         tl.store(near_ptr + tl.program_id(0).to(tl.int64), (tl.min(tl.abs(s - tau)) <= margin).to(tl.int32))
@@ -93,9 +100,9 @@ def _simgraph_kernel(x_ptr, owner_ptr, tile_ptr, bits_ptr, near_ptr, stride_x, K
 
 def plan(dtype):
     """Block sizes and options. Matrix units in 16 bits; exact fp32 runs on the others, in tiles of half the side.
-    16 warps: the addresses of the atomics need registers beside the products."""
+    Many warps: the addresses of the atomics need registers beside the products."""
     if dtype == torch.float32:
-        return {"BLOCK": 64, "BLOCK_D": 16}, {"num_warps": 4, "num_stages": 3}
+        return {"BLOCK": 64, "BLOCK_D": 16}, {"num_warps": 8, "num_stages": 3}
     return {"BLOCK": 128, "BLOCK_D": 32}, {"num_warps": 16, "num_stages": 4}
 
 
@@ -120,8 +127,9 @@ def _set_bits(bits, x, owner, tiles, tau, margin, near=None):
            tau, margin, WIDE=INTERPRET and x.dtype == torch.bfloat16, **sizes, **options)
 
 
-def _simgraph(x, owner, n_owners, tau):
-    x, owner, tau = x.detach(), owner.to(torch.int32).contiguous(), float(tau)
+def _simgraph(x, owner, n_owners, tau, returns):
+    x, owner, tau = x.detach(), 2 * owner.to(torch.int32), float(tau)
+    owner = (owner if returns is None else owner + returns.int()).contiguous()            # as the kernel reads it
     bits = torch.zeros((n_owners, -(-n_owners // 32)), dtype=torch.int32, device=x.device)
     tiles = upper_tiles(-(-len(x) // plan(torch.float16)[0]["BLOCK"]), x.device)
     if x.dtype != torch.float32:
@@ -136,8 +144,8 @@ def _simgraph(x, owner, n_owners, tau):
 
 
 # ------------------------------------------------------------------ public function
-def simgraph(x, owner, n_owners, tau, *, impl="auto"):
-    """Bits (n_owners, ceil(n_owners / 32)) int32 of the graph of owners with a pair of rows of x . x above tau.
+def simgraph(x, owner, n_owners, tau, returns=None, *, impl="auto"):
+    """Bits (n_owners, ceil(n_owners / 32)) int32: owners with a pair of rows above tau that are not both `returns`.
 
     impl: "auto" (kernel on CUDA, else reference), "triton", "ref". fp64: reference.
     Raises ValueError for wrong shapes, dtypes or devices and for owners outside [0, n_owners).
@@ -147,12 +155,15 @@ def simgraph(x, owner, n_owners, tau, *, impl="auto"):
     check(owner.shape == x.shape[:1] and owner.dtype in INTEGERS,
           f"owner must hold ({len(x)},) integers, got {owner.dtype} {tuple(owner.shape)}")
     check(owner.device == x.device, f"owner is on {owner.device}, x is on {x.device}")
-    check(0 <= n_owners < 2 ** 31, f"n_owners must be in [0, 2**31), got {n_owners}")
+    check(0 <= n_owners < 2 ** 30, f"n_owners must be in [0, 2**30), got {n_owners}")
+    if returns is not None:
+        check(returns.shape == owner.shape and returns.dtype == torch.bool and returns.device == x.device,
+              f"returns must be bool ({len(x)},) on {x.device}, got {returns.dtype} {tuple(returns.shape)}")
     fused = use_triton(impl, x)
     if len(x) == 0:
         return torch.zeros((n_owners, -(-n_owners // 32)), dtype=torch.int32, device=x.device)
     check(0 <= owner.min() and owner.max() < n_owners, f"owners must lie in [0, {n_owners})")
-    return (_simgraph if fused else simgraph_ref)(x, owner, n_owners, tau)
+    return (_simgraph if fused else simgraph_ref)(x, owner, n_owners, tau, returns)
 
 
 # ------------------------------------------------------------------ the rule, compile cases and benchmark
@@ -214,5 +225,5 @@ def bench(args):
     """{mode: {provider: thunk}}. The blocks of eager and torch.compile are of 8192 rows, in the type of x: faster
     than the reference and, in 16 bits, less exact than the kernel."""
     step = torch.compile(above)
-    return {"forward": {"kernel": lambda: kernel(*args), "eager": lambda: blocked(*args, 8192),
-                        "torch.compile": lambda: blocked(*args, 8192, step)}}
+    return {"forward": {"kernel": lambda: kernel(*args), "eager": lambda: blocked(*args, None, 8192),
+                        "torch.compile": lambda: blocked(*args, None, 8192, step)}}

@@ -30,10 +30,10 @@ def small_blocks(monkeypatch):
 
 
 def clusters(kind, N, device):
-    gen = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, (N,), generator=gen) * 7 - 7
-    return {"one": None, "mixed": ids, "grouped": ids.sort().values, "alone": torch.arange(N)}[kind].to(device) \
-        if kind != "one" else None
+    if kind == "one":
+        return None
+    ids = torch.randint(3, (N,), generator=torch.Generator().manual_seed(1)) * 7 - 7
+    return {"mixed": ids, "grouped": ids.sort().values, "alone": torch.arange(N)}[kind].to(device)
 
 
 def agree(e, cluster=None):

@@ -28,23 +28,23 @@ def small_blocks(monkeypatch):
         {"BLOCK": 16 if dtype == torch.float32 else 32, "BLOCK_D": 16}, {"num_warps": 4}))
 
 
-def naive(x, owner, n_owners, tau):
-    """The docstring's first line, and whether a pair of the two tools is within 1e-4 of tau."""
+def naive(x, owner, n_owners, tau, returns=None):
+    """The docstring's formula, and whether a pair of the two tools is within 1e-4 of tau."""
     s = (x.double() @ x.double().T).tolist()
     edge, unsure = (torch.zeros(n_owners, n_owners, dtype=torch.bool) for _ in range(2))
     for i, a in enumerate(owner.tolist()):
         for j, b in enumerate(owner.tolist()):
-            if a != b:
+            if a != b and not (returns is not None and returns[i] and returns[j]):
                 edge[a, b] |= s[i][j] > tau
                 unsure[a, b] |= abs(s[i][j] - tau) < 1e-4
     return edge, unsure
 
 
-def agree(x, owner, n_owners, tau):
+def agree(x, owner, n_owners, tau, returns=None):
     """Kernel and reference are equal to the loops wherever those are sure; symmetric, zero diagonal. The edges."""
-    edge, unsure = naive(x, owner, n_owners, tau)
+    edge, unsure = naive(x, owner, n_owners, tau, returns)
     for impl in ("ref", "triton"):
-        bits = simgraph(x, owner, n_owners, tau, impl=impl)
+        bits = simgraph(x, owner, n_owners, tau, returns, impl=impl)
         assert bits.dtype == torch.int32 and bits.shape == (n_owners, -(-n_owners // 32))
         adjacent = unpack(bits).cpu()
         assert torch.equal(adjacent | unsure, edge | unsure)
@@ -67,8 +67,8 @@ def test_reference_never_builds_the_matrix_and_does_not_depend_on_the_block():
     args, shapes = op.example(3, 60, 8, torch.float64, "cpu"), []
     bits = simgraph_ref(*args)
     for block in (1, 7, 16):
-        assert torch.equal(simgraph_ref(*args, block), bits)
-    blocked(*args, 16, lambda a, b, tau: shapes.append((len(a), len(b))) or op.above(a, b, tau))
+        assert torch.equal(simgraph_ref(*args, block=block), bits)
+    blocked(*args, None, 16, lambda a, b, *rest: shapes.append((len(a), len(b))) or op.above(a, b, *rest))
     assert max(shapes) == (16, 16) and len(shapes) == 10                               # of 16 tiles
     assert torch.equal(unpack(bits), naive(*args)[0])
 
@@ -91,6 +91,14 @@ def test_tools_of_all_sizes(device, small_blocks, K, n_owners, dtype):
     agree(x, owner.flip(0).int(), n_owners, 0.75)                 # sorted the other way
     order = torch.randperm(K, generator=torch.Generator().manual_seed(3)).to(device)
     agree(x, owner[order], n_owners, 0.75)                        # not sorted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_returns_make_no_edge(device, small_blocks, dtype):
+    x, owner, n_owners, tau = op.example(3, 90, 24, dtype, device)
+    returns = (torch.rand(90, generator=torch.Generator().manual_seed(4)) < 0.5).to(device)
+    some, all_ = agree(x, owner, n_owners, tau, returns), agree(x, owner, n_owners, tau, ~returns & False)
+    assert 0 < some.sum() < all_.sum() and not agree(x, owner, n_owners, tau, returns | True).any()
 
 
 @pytest.mark.parametrize("layout", ["padded", "aligned in NaN", "transposed", "expanded", "every other"])
@@ -131,10 +139,10 @@ def test_pairs_near_the_threshold_are_decided_in_fp32(device, small_blocks):
 
 def test_only_tiles_near_the_threshold_are_computed_again(device, small_blocks, monkeypatch):
     counts, launch = [], op.launch
-    def counted(kernel, n, *args, **meta):
-        counts.append(n)
-        launch(kernel, n, *args, **meta)
 
+    def counted(kernel, n_programs, *args, **meta):
+        counts.append(n_programs)
+        launch(kernel, n_programs, *args, **meta)
     monkeypatch.setattr(op, "launch", counted)
     c = torch.tensor([0.1] * 40 + [0.8005] + [0.9] * 23)
     x = pairs(torch.stack([1 - 0 * c, 0 * c, c, (1 - c * c).sqrt()], 1).view(64, 2, 2)).to(device)
@@ -176,8 +184,8 @@ def test_monotone_in_the_threshold_and_rows_with_nan_have_no_edge(device, small_
 @pytest.mark.parametrize("impl", ["ref", "triton"])
 @pytest.mark.parametrize("n_owners", [0, 3, 33])
 def test_no_rows_and_no_gradient(device, impl, n_owners):
-    x, owner = torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.long, device=device)
-    bits = simgraph(x, owner, n_owners, 0.8, impl=impl)
+    nothing = torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.long, device=device)
+    bits = simgraph(*nothing, n_owners, 0.8, impl=impl)
     assert bits.shape == (n_owners, -(-n_owners // 32)) and not bits.any() and bits.dtype == torch.int32
     x = torch.ones(2, 5, device=device, requires_grad=True)
     assert not simgraph(x, torch.tensor([0, 1], device=device), 2, 0.8, impl=impl).requires_grad
@@ -199,9 +207,10 @@ def test_dispatch_cpu_uses_ref(monkeypatch):
     ({1: torch.zeros(3)}, "owner must hold"),
     ({1: torch.tensor([0, 1, 3])}, "owners must lie"), ({1: torch.tensor([-1, 0, 1])}, "owners must lie"),
     ({1: torch.zeros(3, device="meta").int()}, "owner is on"), ({2: -1}, "n_owners must be"),
+    ({4: torch.zeros(3)}, "returns must be bool"), ({4: torch.zeros(2).bool()}, "returns must be bool"),
 ])
 def test_errors(change, message):
-    args = [torch.zeros(3, 4), torch.tensor([0, 1, 2]), 3, 0.8]
+    args = [torch.zeros(3, 4), torch.tensor([0, 1, 2]), 3, 0.8, None]
     for index, value in change.items():
         args[index] = value
     with pytest.raises(ValueError, match=message):
