@@ -102,7 +102,7 @@ class Config:
     slope: float = 0.01  # of LeakyReLU below 0 (paper: 0.01)
     edge: str = "extend"  # extend|official: hidden columns right of the diagonal, or zeros at the input's end
     impl: str = "chunked"  # chunked|dense: blocks of queries, computed again in the backward pass, or all at once
-    chunk: int = 64  # queries of a block; an input of at most as many is one dense block
+    chunk: int = 64  # queries of a block, on a GPU better 1024; an input of at most as many is one dense block
     # training
     steps: int = 700  # optimizer steps of each arm (paper: 50,000; che: 200,000)
     batch_size: int = 24  # sequences in one optimizer step, over all devices (paper: 256, inferred; che: 128)
@@ -885,8 +885,9 @@ def dry_run(cfg):
 
 def ledger(cfg, run, data, vocab):
     """Say before training what it takes: measured steps, throughput against a matmul's, the first loss."""
-    x, total = torch.randn(1024, 1024, device=run.device, dtype=run.dtype), 0.0
-    peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
+    size = 1024 if run.device.type == "cpu" else 8192
+    x, total = torch.randn(size, size, device=run.device, dtype=run.dtype), 0.0
+    peak = 2 * size**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
     problem, loss = cfg.problems.split(",")[0], functools.partial(loss_sum, run)
     for arm in cfg.arms.split(","):
         model, _ = prepare(cfg, run, arm, vocab)

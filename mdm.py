@@ -1409,8 +1409,9 @@ def dry_run(cfg):
 
 def ledger(cfg, run, problems):
     """Say before training what it takes: measured steps, throughput against a matmul's, the first loss."""
-    x, total = torch.randn(1024, 1024, device=run.device, dtype=run.dtype), 0.0
-    peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
+    size = 1024 if run.device.type == "cpu" else 8192
+    x, total = torch.randn(size, size, device=run.device, dtype=run.dtype), 0.0
+    peak = 2 * size**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
     for arm in cfg.arms.split(","):
         data, model, _ = prepare(cfg, run, arm, problems[: cfg.batch_size])
         batch, loss = make_batch(cfg, run, arm, data, 0), make_loss(cfg, run, arm)

@@ -171,9 +171,9 @@ def test_works_without_triton():
 
 
 @pytest.mark.gpu
-def test_gpu_check_shapes():
-    for module in SHAPES:
-        report.check_op(module, "cuda", getattr(module, "CHECK_SHAPES", report.CHECK_SHAPES))
+@pytest.mark.parametrize("module", SHAPES, ids=lambda module: module.__name__.removeprefix("kernels."))
+def test_gpu_check_shapes(module):
+    report.check_op(module, "cuda", getattr(module, "CHECK_SHAPES", report.CHECK_SHAPES))
 
 
 @pytest.mark.parametrize("name", report.OPS)

@@ -408,7 +408,7 @@ def test_blocks_of_queries_take_the_kernel(monkeypatch, device):
         a = convattn.attend_in_blocks(*qkv, torch.arange(11, device=device), bias, conv, chunk=6)
         found.append([a, *torch.autograd.grad(a.square().sum(), [*qkv, *conv.parameters(), *bias.parameters()])])
     for plain, kernel in zip(*found):
-        assert torch.allclose(plain, kernel, atol=1e-4)
+        assert torch.allclose(plain, kernel, rtol=1e-3, atol=1e-3)  # sums over many pixels, in different orders
 
 
 @pytest.mark.gpu
