@@ -51,30 +51,29 @@ def by(numbers):
 
 
 # ------------------------------------------------------------------ without a GPU: the compile report
-def nvidia_usage(cubin):
-    """(registers a thread, spilled bytes a thread), or (None, None) where the wheel brings no cuobjdump."""
+def cuobjdump(flag, cubin):
+    """What the tool says about the code, or None where the wheel does not bring it."""
     tool = triton.knobs.nvidia.cuobjdump.path
-    if not os.path.exists(tool):
-        return None, None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
-    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return usage["REG"], usage["STACK"] + usage["LOCAL"]
-
-
-def undefined_registers(cubin):
-    """Uniform registers that the code reads and never wrote before, top to bottom: there must be none. ptxas 12.8 makes
-    such code where the second operand of a `wgmma` lies in the dead buffer of another one's first operand."""
-    tool, written, undefined = triton.knobs.nvidia.cuobjdump.path, set(), set()
     if not os.path.exists(tool):
         return None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.check_output([tool, "-sass", file.name], text=True, stderr=subprocess.DEVNULL)
-    for name, operands in re.findall(r"/\*[\da-f]{4,}\*/ +(?:@!?U?PT?\d* +)?([A-Z][\w.]*) *([^;]*);", text):
+        return subprocess.check_output([tool, flag, file.name], text=True, stderr=subprocess.DEVNULL)
+
+
+def nvidia_usage(cubin):
+    """(registers a thread, spilled bytes a thread), or (None, None) where the tool is missing."""
+    text = cuobjdump("-res-usage", cubin)
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text or "")}
+    return (usage["REG"], usage["STACK"] + usage["LOCAL"]) if usage else (None, None)
+
+
+def undefined_registers(sass):
+    """Uniform registers that the code reads and never wrote before, top to bottom: there must be none. ptxas 12.8 makes
+    such code where the second operand of a `wgmma` lies in the dead buffer of another one's first operand."""
+    written, undefined = set(), set()
+    for name, operands in re.findall(r"/\*[\da-f]{4,}\*/ +(?:@!?U?PT?\d* +)?([A-Z][\w.]*) *([^;]*);", sass):
         target = re.match(r"UR(\d+)\b", operands)  # the first operand, unless it is an address in brackets
         reads = [int(n) for n in re.findall(r"(?<!gdesc\[)\bUR(\d+)", operands[target.end():] if target else operands)]
         for n in re.findall(r"gdesc\[UR(\d+)", operands):   # four registers; those of an operand in registers are free
@@ -83,7 +82,7 @@ def undefined_registers(cubin):
         if target:
             count = 4 if ".128" in name else 2 if ".64" in name or "WIDE" in name else 1
             written |= set(range(int(target[1]), int(target[1]) + count))
-    return len(undefined)
+    return undefined
 
 
 def amd_usage(assembly):
@@ -105,10 +104,11 @@ def compile_case(case, arch):
     built = triton.compile(source, target=GPUTarget(*TARGETS[arch]), options=case["options"])
     nvidia = TARGETS[arch][0] == "cuda"
     assembly = built.asm["ptx" if nvidia else "amdgcn"]
+    sass = cuobjdump("-sass", built.asm["cubin"]) if arch in ("sm_80", "sm_90") else None
     registers, spills = nvidia_usage(built.asm["cubin"]) if nvidia else amd_usage(assembly)
     offsets = re.findall(r"tt\.addptr .*, (?:tensor<[\dx]*)?(i\d+)>? loc", built.asm["ttir"])
     return {"registers": registers, "spills": spills, "shared": built.metadata.shared,
-            "undefined": undefined_registers(built.asm["cubin"]) if arch in ("sm_80", "sm_90") else None,
+            "undefined": len(undefined_registers(sass)) if sass else None,
             "mma": len(re.findall(r"\b(?:mma\.sync|wgmma|tcgen05|v_mfma)", assembly)),
             "offsets": "+".join(sorted(set(offsets)))}
 

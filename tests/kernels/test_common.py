@@ -82,6 +82,19 @@ def test_assert_kernel_integers_and_zeros():
         assert_kernel("not zero", zero + 1e-30, zero.double(), zero, 1)
 
 
+# ------------------------------------------------------------------ the compile report
+@pytest.mark.parametrize("code, undefined", [
+    (["UIADD3 UR34, UP1, UR34, 0x40, URZ", "UMOV UR34, 0x1"], {34}),
+    (["UMOV UR4, 0x1", "UIADD3 UR5, UR4, UR4, URZ"], set()),
+    (["ULDC.64 UR4, c[0x0][0x28]", "IMAD.U32 R5, RZ, RZ, UR5"], set()), (["@!UP0 UMOV UR4, UR7"], {7}),
+    (["UIMAD.WIDE UR4, UR6, 0x2, URZ", "STS [R3+UR5], R2"], {6}), (["STS.128 [R3+UR8], R4"], {8}),
+    (["HGMMA.64x32x16.F32.BF16 R40, gdesc[UR12].tnspB, R40"], {12, 13, 14, 15}),
+    (["UMOV UR14, UR1", "UMOV UR15, 0x8", "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR12].tnspB, RZ, !UPT"], {1})])
+def test_undefined_registers(code, undefined):
+    lines = [f"        /*{16 * i:04x}*/       {line} ;        /* 0x0000003f00057c82 */" for i, line in enumerate(code)]
+    assert report.undefined_registers("\n".join(lines)) == undefined
+
+
 # ------------------------------------------------------------------ parts of python -m kernels on a GPU
 @pytest.mark.parametrize("module, shapes", SHAPES.items())
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
