@@ -7,9 +7,11 @@ python tests/speed_convattn.py   # run it on an idle machine; 6 GiB of memory, o
 A step is the forward and backward pass of one block of the 125M model (768 channels, 12 heads, Kerple + 1x3), in fp32,
 on a GPU in bfloat16. official: scores and tiled biases concatenated, tril of all of them, two convolutions, both added
 back, mask, softmax. Times are medians of five rounds in which all take turns (on a CPU one round from T = 2048 on).
-Memory is what a step adds at its peak: on a CPU, how much the largest resident size grows, in its own process (Linux).
+Memory is what a step adds at its peak: on a CPU, how much the largest resident size grows, in its own process (Linux,
+MALLOC_MMAP_THRESHOLD_=1048576). python tests/speed_convattn.py blocks64 8192 1 prints one of these numbers alone.
 """
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -35,6 +37,7 @@ def official(q, k, v, at, bias, conv, chunk, causal):
     return a.softmax(-1).to(v) @ v
 
 
+RETURN = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # else glibc keeps freed blocks of the many sizes that blocks have
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -90,7 +93,7 @@ def memory(kind, T, batch):
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     command = [sys.executable, __file__, kind, str(T), str(batch)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(subprocess.run(command, env=os.environ | RETURN, capture_output=True, text=True, check=True).stdout)
 
 
 def main():
