@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 SMOKE = ["--scale", "smoke"]
-TILES, SHAPES = ("--task", "tiles", "--arms", "related"), ("--task", "shapes", "--arms", "related,random")
+ONE = ("--arms", "related", "--n-train", "20")
+TILES, SHAPES = ("--task", "tiles", *ONE), ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -540,16 +541,17 @@ FIELDS = ("script task scale tag seed argv commit method_hash data_sha256 device
 def test_smoke(smoke, argv):
     """Alone: every file, every field of RESULT, a row for each arm and size, no claim."""
     run = smoke("gametheory", *argv)
-    lines, result, arms = run.stdout.splitlines(), run.result, (argv[3] if argv else ",".join(m.ARMS)).split(",")
+    lines, result, cfg = run.stdout.splitlines(), run.result, m.cli(m.Config, m.SCALES, [*SMOKE, *argv])
+    arms, sizes, worlds = cfg.arms.split(","), m.numbers(cfg.n_train), range(cfg.seeds)
     assert set(FIELDS) <= set(result) and result["script"] == "gametheory" and result["claims"] == []
     assert result == json.loads((run.out / "result.json").read_text()) and "CLAIM" not in run.stdout
     assert lines[-1].startswith("RESULT ") and set(result["tried"]) == {*arms, "scratch"}
     rows = {key.rpartition("/")[0] for key in result["metrics"]}
-    assert rows == {f"{arm}/{size}" for arm in [*arms, "scratch"] for size in (20, 40)}
+    assert rows == {f"{arm}/{size}" for arm in [*arms, "scratch"] for size in sizes}
     assert all(any(line.startswith(row + " ") for line in lines) for row in rows)
     assert all(math.isfinite(x) for x in result["metrics"].values())
-    downstream = {f"w{w}-{row.replace('/', '-')}" for w in (0, 1) for row in rows}
-    weights = downstream | {f"w{w}-{arm}" for w in (0, 1) for arm in arms}
+    downstream = {f"w{w}-{row.replace('/', '-')}" for w in worlds for row in rows}
+    weights = downstream | {f"w{w}-{arm}" for w in worlds for arm in arms}
     files = {f"{job}.safetensors" for job in weights} | {f"games-{job}.safetensors" for job in downstream}
     assert {path.name for path in run.out.iterdir()} == files | {"config.json", "log.jsonl", "result.json", "state.pt",
                                                                  "plot.png", "curves.json"}
@@ -578,25 +580,25 @@ def test_checkpoint_0_is_the_pretrained_network(smoke):
 
 
 def test_kill_and_resume(kill_and_resume):
-    kill_and_resume("gametheory", "--arms", "related", seed=1)
+    kill_and_resume("gametheory", *ONE, seed=1)
 
 
 def test_ctrl_c_says_how_to_go_on(here, smoke, monkeypatch, capsys):
     """Stopped while it fine-tunes: exit status 130, the command to go on, and the same numbers at the end."""
-    checks, argv = [], [*SMOKE, "--arms", "related"]
-    monkeypatch.setattr(m, "should_stop", lambda run: checks.append(0) or len(checks) == 27)
+    checks, argv = [], [*SMOKE, *ONE]
+    monkeypatch.setattr(m, "should_stop", lambda run: checks.append(0) or len(checks) == 23)
     monkeypatch.setattr(m.sys, "argv", ["gametheory.py", *argv])
     with pytest.raises(SystemExit) as stop:
         m.main(argv)
     command = re.search(r"continue with: (.*)", capsys.readouterr().out)[1]
     assert stop.value.code == 130 and shlex.split(command)[1:] == ["gametheory.py", *argv, "--resume"]
     state = torch.load(here / "out/gametheory/concepts-smoke-s0/state.pt", weights_only=True)
-    assert (state["job"], state["step"], len(state["done"]), len(state["seen"])) == ("w0-related-40", 1, 2, 1)
-    assert m.main([*argv, "--resume"])["metrics"] == smoke("gametheory", "--arms", "related").result["metrics"]
+    assert (state["job"], state["step"], len(state["done"]), len(state["seen"])) == ("w0-related-20", 3, 1, 2)
+    assert m.main([*argv, "--resume"])["metrics"] == smoke("gametheory", *ONE).result["metrics"]
 
 
 def test_directories_of_another_run(rejects, smoke, tmp_path):
-    out, argv = smoke("gametheory", "--arms", "related").out, [*SMOKE, "--arms", "related"]
+    out, argv = smoke("gametheory", *ONE).out, [*SMOKE, *ONE]
     rejects(m.main, [*argv, "--out", out], "finished run", "--out")
     shutil.copytree(out, tmp_path / "broken", ignore=shutil.ignore_patterns("result.json"))
     rejects(m.main, [*argv, "--out", tmp_path / "broken"], "interrupted run", "--resume")
