@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 SMOKE = ["--scale", "smoke"]
 ONE = ("--arms", "related", "--n-train", "20")
-TILES, SHAPES = ("--task", "tiles", *ONE), ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
+TILES = ("--task", "tiles", *ONE, "--seeds", "1")
+SHAPES = ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
 
 
 @pytest.fixture(autouse=True)
