@@ -12,7 +12,7 @@ masked copy. The paper sorts those of a pre-trained network into what fine-tunin
 and a network trained from scratch learns only some of that; this is why pre-training helps and speeds up training.
 
   python gametheory.py                       # AND concepts of 8 tokens, the truth is known: about 4 min on a core
-  python gametheory.py --task shapes         # drawn outlines, a small CNN, 9 parts of the picture
+  python gametheory.py --task shapes         # drawn outlines, a small CNN, 9 parts of a picture: about 8 min
   python gametheory.py --explain 3           # the strongest interactions of held-out input 3, after one of the above
   python gametheory.py --callable module:function --explain input.npy    # those of any network
 
@@ -152,7 +152,8 @@ class Config:
 
 
 ARMS = "related", "disjoint", "random"
-PICTURES = dict(seeds=3, n_train="50,150,400", n_embd=64, steps=1500, batch_size=128)
+PICTURES = dict(seeds=3, n_train="50,150,400", n_eval=16, n_embd=32, steps=1500, batch_size=128)
+PICTURES |= dict(epochs="0,1,2,4,8,16,40")
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(seeds=2, n_train="20,40", n_eval=8, n_test=64, n_embd=16, steps=20, batch_size=32, epochs="0,1,3",
                   log_every=5, save_every=10),
