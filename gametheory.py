@@ -12,7 +12,7 @@ masked copy. The paper sorts those of a pre-trained network into what fine-tunin
 and a network trained from scratch learns only some of that; this is why pre-training helps and speeds up training.
 
   python gametheory.py               # concepts known, 3 min: trains faster from 50 examples, slower from 1600
-  python gametheory.py --task shapes # drawn outlines, a small CNN, 9 parts of a picture: about 8 min
+  python gametheory.py --task shapes # drawn outlines, a small CNN, 9 parts of a picture; not run whole yet
   python gametheory.py --explain 3   # the strongest interactions of held-out input 3, after one of the above
   python gametheory.py --callable module:function --explain input.npy    # those of any network
 
