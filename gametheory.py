@@ -11,10 +11,11 @@ What a network says of an input is a sum of interactions, one number I(S) for ea
 masked copy. The paper sorts those of a pre-trained network into what fine-tuning keeps, drops and adds: little is kept,
 and a network trained from scratch learns only some of that; this is why pre-training helps and speeds up training.
 
-  python gametheory.py               # concepts known, 3 min: trains faster from 50 examples, slower from 1600
-  python gametheory.py --task shapes # drawn outlines, a small CNN, 9 parts of a picture; not run whole yet
-  python gametheory.py --explain 3   # the strongest interactions of held-out input 3, after one of the above
+  python gametheory.py                  # worlds of known concepts, 3 min
+  python gametheory.py --task shapes    # drawn outlines, a small CNN, 9 parts of a picture
+  python gametheory.py --explain 3      # the strongest interactions of held-out input 3, after the first of these
   python gametheory.py --callable module:function --explain input.npy    # those of any network
+  python gametheory.py --scale paper --task images --data DIR --load vit.safetensors    # a ViT and folders of pictures
 
 Symbols (S inputs, n players: parts of an input, 2^n sets; bit i of a set's index: player i is in it)
   paper         code        shape        meaning
@@ -29,19 +30,22 @@ An arm is a pre-training: related (the task is made of it in part), disjoint (ot
 
 Differences from the paper, of which the abstract, summaries and reviews were at hand, not the text
   formulas    those of what is kept, dropped and new, and of scratch's share r of what is kept, are inferred.
-  data        worlds with known concepts and drawn outlines for CUB, Cars, CIFAR-10, SST-2; small networks for VGG,
-              ResNet, ViT, BERT. Held-out inputs of concepts show states of the players that training does not show.
+  data        worlds with known concepts and drawn outlines beside folders of pictures, for CUB, Cars, CIFAR-10, SST-2;
+              small networks and a ViT for VGG, ResNet, ViT, BERT. Held-out inputs of concepts show states of the
+              players that no training shows. Pictures are not augmented.
+  absent      players of a concept world look like state 0, so that masked inputs are like others; pictures: zero.
   head        fine-tuning starts at the probe, so that the pre-trained network is its checkpoint 0, to the bit.
   salient     above 0.05 of an input's largest and three noise floors of its order; names in _all: no threshold.
   and-or      one split into AND and OR for all networks compared (group norm, ADMM); the school's SGD finds one for
               each. No q, which would hide 4 % of the output.
-  left out    text, published checkpoints, image folders (--callable takes any network), learned baselines.
+  left out    text, VGG and ResNet (--callable takes any network), learned baselines.
 
 Copy out: moebius, values with masked and logodds, decompose, sparsify, shapley
 """
 
 import argparse
 import ast
+import copy
 import functools
 import hashlib
 import importlib
@@ -75,30 +79,34 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "concepts"  # concepts|tiles|shapes: tokens or tiles of a picture with known concepts, drawn outlines
+    task: str = "concepts"  # concepts|tiles|shapes|images: tokens or tiles with known concepts, drawn outlines, --data
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "related,disjoint,random"  # comma list of pre-trainings; from scratch is always trained beside them
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # of the first world
     seeds: int = 5  # worlds: each has its own concepts, inputs and weights
     # data
-    n_players: int = 8  # parts of an input that are masked; shapes: 9 or 16 (paper: not known)
+    data: str = ""  # images: directory with train/CLASS/*.jpg and test/CLASS/*.jpg, of any size, jpg or png
+    image_size: int = 224  # images: pixels of a side after scaling the shorter one and cutting out the middle
+    n_players: int = 8  # parts of an input that are masked; pictures: 9 or 16 (paper: not known)
     n_train: str = "50,150,400,1600"  # comma list of sizes of the downstream training set
     n_eval: int = 32  # held-out inputs whose interactions are taken, for each world (paper: 2 a class)
     n_test: int = 1000  # held-out inputs for accuracy
     noise: float = 0.3  # standard deviation of the noise on an input
     # model
-    arch: str = "mlp"  # mlp|transformer: for --task concepts; pictures have a CNN
+    arch: str = "mlp"  # mlp|transformer: for --task concepts; tiles and shapes have a CNN, images a ViT
+    patch: int = 16  # images: pixels of a side of the ViT's patches
     n_layer: int = 3  # layers; the CNN has three
     n_head: int = 4  # attention heads of the transformer
     n_embd: int = 128  # width (paper: networks of 21 M parameters and more)
     # training
     steps: int = 2500  # optimizer steps of pre-training
     batch_size: int = 256  # inputs in one optimizer step of pre-training
-    lr: float = 1e-3  # peak learning rate of pre-training and from scratch, cosine to 0
+    lr: float = 1e-2  # peak learning rate of pre-training; all rates rise for a tenth of the steps, then cosine to 0
     epochs: str = "0,1,2,3,4,6,8,12,16,24,32,40"  # passes over the downstream data at which interactions are taken
     batch_fine: int = 16  # inputs in one optimizer step downstream
-    lr_fine: float = 1e-3  # peak learning rate of fine-tuning
+    lr_fine: float = 1e-2  # peak learning rate of fine-tuning
+    lr_scratch: float = 1e-2  # peak learning rate from scratch
     smoothing: float = 0.1  # label smoothing downstream: log-odds would grow without bound
     weight_decay: float = 0.01  # AdamW; betas are PyTorch's
     # interactions
@@ -107,10 +115,10 @@ class Config:
     mask_batch: int = 8192  # masked inputs in one forward pass
     # explain
     explain: str = ""  # number of a held-out input, or with --callable a file .npy: list its interactions and stop
-    load: str = ""  # weights to explain; "" = the last fine-tuned network of the first world in --out
+    load: str = ""  # images: the pre-trained ViT, safetensors; with --explain the network, "" = one that --out has
     callable: str = ""  # module:function that returns a model, players and a baseline, see explain below
     # machine
-    device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
+    device: str = "auto"  # auto|cpu|cuda: auto is cuda if there is one; mps has no fp64
     dtype: str = "float32"  # float32|float64: bf16 would drown interactions of high order in noise
     kernels: bool = False  # Triton kernels moebius, masked_blend (cuda only; compared with PyTorch at first use)
     # running
@@ -132,41 +140,76 @@ class Config:
         if numbers(self.epochs)[0] or numbers(self.epochs) == [0]:
             fail(f"--epochs {self.epochs}: from 0, the pre-trained network, to the last one, as in 0,1,40")
         # numbers are at least 0 where listed here, else at least 1, and some have an upper limit
-        zeros, most = "seed noise weight_decay lr lr_fine smoothing tau".split(), dict(tau=0.99, smoothing=0.9)
+        zeros = "seed noise weight_decay lr lr_fine lr_scratch smoothing tau".split()
+        most = dict(tau=0.99, smoothing=0.9)
         for name, value in vars(self).items():
             low, high = int(name not in zeros), most.get(name, math.inf)
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 fail(f"--{name.replace('_', '-')} {value}: must be {limits}")
-        sizes = dict(concepts=range(8, 17), tiles=range(8, 17, 2), shapes=(9, 16))[self.task]
+        sizes = dict(concepts=range(8, 17), tiles=range(8, 17, 2), shapes=(9, 16), images=(9, 16))[self.task]
         if self.n_players not in sizes:
             fail(f"--n-players {self.n_players}: --task {self.task} takes {', '.join(map(str, sizes))}")
-        if self.n_embd % self.n_head:
-            fail(f"--n-embd {self.n_embd}: must be a multiple of --n-head {self.n_head}")
-        if self.scale == "paper" and not self.dry_run:
-            fail("--scale paper: its checkpoints and pictures are not in this file: --callable explains any network")
+        heads = self.task == "images" or self.task == "concepts" and self.arch == "transformer"
+        if heads and self.n_embd % self.n_head or self.n_embd < 4:
+            fail(f"--n-embd {self.n_embd}: at least 4, and for a transformer a multiple of --n-head {self.n_head}")
+        if self.load and self.task != "images" and not self.explain:
+            fail("--load is for --explain, and for --task images")
+        if self.scale == "paper" and self.task != "images":
+            fail("--scale paper: the published kind of run is --task images --data DIR --load vit.safetensors")
+        if self.task == "images":
+            self.check_images()
         if self.callable and not (self.explain and re.fullmatch(r"[\w.]+:\w+", self.callable)):
             fail(f"--callable {self.callable}: write module:function, and --explain FILE.npy for the input")
         if self.explain and not self.callable and not (self.explain.isdecimal() and int(self.explain) < self.n_eval):
             fail(f"--explain {self.explain}: a held-out input from 0 to {self.n_eval - 1}, or FILE.npy and --callable")
 
 
+    def check_images(self):
+        if self.arms != "related":
+            fail(f"--arms {self.arms}: images have one pre-training, that of --load: --arms related")
+        if self.image_size % self.patch or self.kernels and self.image_size % math.isqrt(self.n_players):
+            fail(f"--image-size {self.image_size}: must be a multiple of --patch {self.patch}, and for --kernels of "
+                 f"{math.isqrt(self.n_players)}, players in a row")
+        if self.dry_run:
+            return
+        train, test = (picture_files(self.data, part) for part in ("train", "test"))
+        if len({file.parent.name for file in train}) < 2 or not test:
+            fail(f"--data {self.data}: needs pictures train/CLASS/*.jpg or *.png of two classes, and test/CLASS/*")
+        if strange := {file.parent.name for file in test} - {file.parent.name for file in train}:
+            fail(f"--data {self.data}: test/{min(strange)} is a class that train does not have")
+        if numbers(self.n_train)[-1] > len(train) or self.n_eval > len(test):
+            fail(f"--data {self.data}: has {len(train)} pictures to train and {len(test)} to test, fewer than "
+                 f"--n-train {self.n_train} or --n-eval {self.n_eval}")
+        if not self.load and not self.explain:
+            fail("--task images needs --load vit.safetensors, the weights of a pre-trained ViT")
+
+
 ARMS = "related", "disjoint", "random"
 PICTURES = dict(seeds=3, n_train="50,150,400", n_eval=16, n_embd=32, steps=1500, batch_size=128)
-PICTURES |= dict(epochs="0,1,2,4,8,16,40")
+PICTURES |= dict(epochs="0,1,2,4,8,16,40", lr_fine=3e-3, lr_scratch=3e-3)
+OUTLINES = dict(PICTURES, n_players=9, noise=0.1, lr_fine=3e-4, lr_scratch=1e-3)
+VIT = dict(arms="related", n_players=9, n_layer=12, n_head=6, n_embd=384)  # ViT-S; ViT-B: --n-embd 768 --n-head 12
+VIT |= dict(lr_fine=1e-4, lr_scratch=5e-4)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(seeds=2, n_train="20,40", n_eval=8, n_test=64, n_embd=16, steps=20, batch_size=32, epochs="0,1,3",
                   log_every=5, save_every=10),
     "smoke:shapes": dict(n_players=9),
+    "smoke:images": dict(arms="related", n_players=9, n_layer=1, n_head=2, image_size=24, patch=8),
     "small": {},
     "small:tiles": PICTURES,
-    "small:shapes": dict(PICTURES, n_players=9),
+    "small:shapes": OUTLINES,
+    "small:images": dict(VIT, seeds=1, n_train="400", n_eval=16, epochs="0,1,2,4,8", mask_batch=256),
     "long": dict(n_players=10, n_eval=64, steps=5000),
-    "long:shapes": dict(n_players=9, n_embd=64),
-    "paper": dict(n_players=12, n_eval=200, n_embd=384, n_layer=12, n_head=6, arch="transformer"),
-    "paper:shapes": dict(n_players=9),
+    "long:tiles": dict(PICTURES, n_players=10, steps=5000),
+    "long:shapes": dict(OUTLINES, n_embd=64, steps=5000),
+    "long:images": dict(VIT, mask_batch=256),
+    "paper": {},
+    "paper:images": dict(VIT, seeds=3, n_train="400,1600,5994", epochs="0,1,2,4,8,16,32,64,100", n_eval=200,
+                         n_test=10000, batch_fine=128, mask_batch=1024),  # sizes of CUB
 }
-TRIED = {}  # configurations tried for an arm, on worlds that are not reported; 1 where nothing is said
+TRIED = dict(related=14, scratch=8)  # configurations tried for an arm, on worlds that are not reported: rates; of
+# pictures at most six. disjoint and random have related's
 
 
 def numbers(text):
@@ -185,8 +228,9 @@ class Concepts:
 
     Pre-training asks 26 such questions. The downstream class is whether a weighted sum of seven of their concepts,
     `useful`, and of three `fresh` ones is above its median. Arm disjoint asks for 26 other concepts, random for 26
-    coins thrown for each state. A quarter of the states is held out downstream. A player is a token of 8 numbers, or
-    for tiles 8 x 8 pixels; its two states have two codes."""
+    coins thrown for each state. A quarter of the states is held out of all training. A player is a token of 8 numbers,
+    or for tiles 8 x 8 pixels; its two states have two codes. Absent players look like state 0, so that a masked copy
+    is an input like those of training and its class is known."""
 
     def __init__(self, cfg, arm, seed):
         n, g = cfg.n_players, generator("world", seed)
@@ -209,7 +253,7 @@ class Concepts:
         if self.tiles:  # upright and level stripes
             wave = torch.sin(torch.arange(8) * math.pi / 2 + 0.5).expand(8, 8)
             self.code = torch.stack([wave, wave.T]).flatten(1)  # (2, 64)
-        self.baseline = self.arrange(self.code.mean(0).expand(1, n, -1))[0]
+        self.baseline = self.arrange(self.code[:1].expand(1, n, -1))[0]
         self.player = self.arrange(torch.arange(n)[None, :, None].expand(1, n, self.code.shape[1]))[0]
 
     def arrange(self, x):
@@ -225,7 +269,7 @@ class Concepts:
 
     def before(self, count, g):
         """A batch of pre-training: inputs x and targets, here the answers (B, 26)."""
-        state = torch.randint(len(self.asked), (count,), generator=g)
+        state = self.seen[torch.randint(len(self.seen), (count,), generator=g)]
         return dict(x=self.show(state, g), target=self.asked[state])
 
     def after(self, count, g, held=False):
@@ -238,6 +282,12 @@ class Concepts:
 def holds(state, sets):
     """1 where all players of a set are 1: states (B,) and sets (C,) as bit masks to (B, C)."""
     return (state[:, None] & sets == sets).float()
+
+
+def players_of_grid(side, size):
+    """Which of side x side players a pixel of a picture (1, size, size) belongs to."""
+    row = torch.arange(size) * side // size
+    return (row[:, None] * side + row)[None]
 
 
 class Shapes:
@@ -253,9 +303,7 @@ class Shapes:
         self.pool, self.names = None, torch.randint(10, (500,), generator=g)
         if arm == "random":
             self.pool = self.draw(torch.randint(10, (500,), generator=g), torch.rand(500, generator=g) < 0.5, g)
-        self.baseline = torch.zeros(1, 24, 24)
-        row = torch.arange(24) * self.side // 24
-        self.player = (row[:, None] * self.side + row)[None]  # (1, 24, 24)
+        self.baseline, self.player = torch.zeros(1, 24, 24), players_of_grid(self.side, 24)
 
     def draw(self, outline, hollow, g):
         """Pictures (B, 1, 24, 24) of outlines (B,): 0 to 4 polygons of 3, 4, 5, 6, 8 sides, 5 to 9 flowers."""
@@ -284,8 +332,46 @@ class Shapes:
         return dict(x=self.draw(2 + target % 2, target >= 2, g), target=target)
 
 
+def picture_files(folder, part):
+    files = sorted(Path(folder).glob(f"{part}/*/*")) if folder else []
+    return [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
+
+
+class Images:
+    """Pictures of DIR/train/CLASS/ and DIR/test/CLASS/, channels from -1 to 1; they are read when they are drawn."""
+
+    def __init__(self, cfg, arm, seed):
+        self.size, self.files = cfg.image_size, [picture_files(cfg.data, part) for part in ("train", "test")]
+        self.names = sorted({file.parent.name for file in self.files[0]})
+        self.classes = self.labels = max(2, len(self.names))
+        self.player = players_of_grid(math.isqrt(cfg.n_players), self.size).expand(3, -1, -1)
+        self.baseline = torch.zeros(3, self.size, self.size)
+
+    def after(self, count, g, held=False):
+        files = self.files[held]
+        files = [files[i] for i in torch.randperm(len(files), generator=g)[:count].tolist()]
+        target = torch.tensor([self.names.index(file.parent.name) for file in files])
+        return dict(x=torch.stack([self.read(file) for file in files]), target=target)
+
+    def read(self, file):
+        """(3, size, size): the shorter side is scaled to size, and the middle cut out."""
+        from matplotlib.image import imread
+
+        try:
+            pixels = np.atleast_3d(imread(file))  # (H, W, channels): floats, or bytes
+        except (OSError, ValueError, SyntaxError) as error:
+            fail(f"{file}: not a picture: {error}")
+        x = torch.from_numpy(pixels / (255 if pixels.dtype == np.uint8 else 1)).float().movedim(2, 0)
+        x = (x[:3] if len(x) > 2 else x[:1].expand(3, -1, -1))[None]  # without transparency
+        scale = self.size / min(x.shape[2:])
+        sides = [max(self.size, round(side * scale)) for side in x.shape[2:]]
+        x = F.interpolate(x, sides, mode="bicubic", antialias=True)[0]
+        top, left = ((side - self.size) // 2 for side in sides)
+        return 2 * x[:, top : top + self.size, left : left + self.size].clamp(0, 1) - 1
+
+
 def make_world(cfg, arm, seed):
-    return (Shapes if cfg.task == "shapes" else Concepts)(cfg, arm, seed)
+    return dict(shapes=Shapes, images=Images).get(cfg.task, Concepts)(cfg, arm, seed)
 
 
 # ---------------------------------------------------------------- 3. Model
@@ -294,31 +380,66 @@ class Network(nn.Module):
 
     def __init__(self, cfg, outputs):
         super().__init__()
-        d, n, self.position = cfg.n_embd, cfg.n_players, None
-        if cfg.task != "concepts":
+        d, n, self.position, self.start = cfg.n_embd, cfg.n_players, None, None
+        if cfg.task in ("tiles", "shapes"):
             height, width = (24, 24) if cfg.task == "shapes" else (16, 4 * n)
             convs = [m for c, e, step in ((1, d // 4, 1), (d // 4, d // 2, 2), (d // 2, d // 2, 2))
                      for m in (nn.Conv2d(c, e, 3, step, 1), nn.ReLU())]
             last = nn.Linear(d // 2 * height * width // 16, d)
             self.backbone = nn.Sequential(*convs, nn.Flatten(), last, nn.ReLU())
-        elif cfg.arch == "mlp":
+        elif cfg.task == "concepts" and cfg.arch == "mlp":
             sizes = [8 * n] + cfg.n_layer * [d]
             layers = [m for pair in zip(sizes, sizes[1:]) for m in (nn.Linear(*pair), nn.ReLU())]
             self.backbone = nn.Sequential(nn.Flatten(), *layers)
         else:
-            self.position = nn.Parameter(0.02 * torch.randn(n, d))
-            self.embed, self.norm = nn.Linear(8, d), nn.LayerNorm(d)
-            layer = functools.partial(nn.TransformerEncoderLayer, d, cfg.n_head, 2 * d, 0.0, "gelu", batch_first=True)
-            self.backbone = nn.Sequential(*(layer(norm_first=True) for _ in range(cfg.n_layer)))
+            self.embed = nn.Linear(8, d)
+            if cfg.task == "images":  # a ViT: patches are tokens, and a first one that stands for the whole picture
+                n, self.embed = (cfg.image_size // cfg.patch) ** 2 + 1, nn.Conv2d(3, d, cfg.patch, cfg.patch)
+                self.start = nn.Parameter(torch.zeros(1, 1, d))
+            self.position, self.norm = nn.Parameter(0.02 * torch.randn(1, n, d)), nn.LayerNorm(d, 1e-6)
+            layer = functools.partial(nn.TransformerEncoderLayer, d, cfg.n_head, 4 * d, 0.0, "gelu", 1e-6, True, True)
+            self.backbone = nn.Sequential(*(layer() for _ in range(cfg.n_layer)))
         self.head = nn.Linear(d, outputs)
 
     def features(self, x):
         if self.position is None:
             return self.backbone(x)
-        return self.norm(self.backbone(self.embed(x) + self.position)).mean(1)  # (B, n, d) to (B, d)
+        if self.start is None:
+            return self.norm(self.backbone(self.embed(x) + self.position)).mean(1)  # (B, n, d) to (B, d)
+        x = self.embed(x).flatten(2).transpose(1, 2)  # (B, patches, d)
+        x = torch.cat([self.start.expand(len(x), 1, -1), x], 1) + self.position
+        return self.norm(self.backbone(x))[:, 0]  # (B, d)
 
     def forward(self, x):
         return self.head(self.features(x))
+
+
+VIT_NAMES = (  # parts of names in the files of timm and of transformers, and what they are called here
+    ("patch_embeddings.projection", "embed"), ("patch_embed.proj", "embed"), ("vit.", ""), ("embeddings.", ""),
+    ("cls_token", "start"), ("position_embeddings", "position"), ("pos_embed", "position"),
+    ("encoder.layer.", "backbone."), ("blocks.", "backbone."), ("attn.qkv.", "self_attn.in_proj_"),
+    ("attention.attention.", "self_attn."), ("attention.output.dense", "self_attn.out_proj"),
+    ("attn.proj", "self_attn.out_proj"), ("intermediate.dense", "linear1"), ("mlp.fc1", "linear1"),
+    ("output.dense", "linear2"), ("mlp.fc2", "linear2"), ("layernorm_before", "norm1"), ("layernorm_after", "norm2"),
+    ("layernorm", "norm"))
+
+
+def load_vit(net, path):
+    """Read the weights of a pre-trained ViT, all but its head, as timm or transformers save them."""
+    try:
+        found = {}
+        for name, x in load_file(path).items():
+            for theirs, ours in VIT_NAMES:
+                name = name.replace(theirs, ours)
+            found[name] = x
+        for name in [name for name in found if ".query." in name]:  # one matrix here
+            parts = [found.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+            found[name.replace("query.", "in_proj_")] = torch.cat(parts)
+        net.load_state_dict({name: x for name, x in net.state_dict().items() if "head" in name} | {
+            name: found[name] for name in net.state_dict() if "head" not in name})
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        fail(f"--load {path}: not the weights of a ViT of these sizes (--n-embd, --n-layer, --patch, --image-size), "
+             f"named as timm or transformers do: {str(error).splitlines()[0]}")
 
 
 # ---------------------------------------------------------------- 4. Method (inferred where no source is named)
@@ -438,9 +559,11 @@ def values(net, x, label, baseline, player, chunk=8192, kernels=False):
     return torch.cat(found, 1)
 
 
-def noise_floor(v, again):
-    """Standard deviation of the error of a value: games evaluated in other chunks, and fp32's rounding of them."""
-    return ((v - again).square().mean() / 2).sqrt() + 2**-24 * v.square().mean().sqrt()
+def noise_floor(v, net, x, label, baseline, player, chunk=8192):
+    """Standard deviation of the errors of games v, which these arguments gave: beside the same network in fp64."""
+    exact = copy.deepcopy(net).double() if isinstance(net, nn.Module) else net
+    exact = values(exact, x.double(), label, baseline.double(), player, chunk)
+    return (v - exact).square().mean().sqrt() + 2**-50 * exact.square().mean().sqrt()
 
 
 def salient(found, order, tau, floor=0.0):
@@ -448,7 +571,7 @@ def salient(found, order, tau, floor=0.0):
     input, or not above three noise floors: errors sigma of values are sigma 2^(m / 2) in an interaction of order m."""
     size = found.abs() * (order > 0)
     largest = size.amax(-1, keepdim=True)
-    return found * ((size > tau * largest) & (size > 3 * floor * 2 ** (order / 2)))
+    return torch.where((size > tau * largest) & (size > 3 * floor * 2 ** (order / 2)), found, 0.0)
 
 
 def decompose(a, f):
@@ -458,16 +581,21 @@ def decompose(a, f):
     return kept, a.abs() - kept, f.abs() - kept
 
 
+def unit(found):
+    """Interactions (..., C) of an input, of which the sizes sum to 1: networks differ in how much they have of all."""
+    return found / found.abs().sum(-1, keepdim=True).clamp(min=1e-300)
+
+
 def similarity(a, b):
     """Sum of the smaller over sum of the larger of a, b (..., C), each of sum of sizes 1, positive and negative parts
     apart: 1 if equal, 0 if they share nothing. (official code of the school: get_overlap)"""
-    a, b = (x / x.abs().sum(-1, keepdim=True).clamp(min=1e-300) for x in (a, b))
-    kept, gone, new = (x.sum(-1) for x in decompose(a, b))
+    kept, gone, new = (x.sum(-1) for x in decompose(unit(a), unit(b)))
     return kept / (kept + gone + new).clamp(min=1e-300)
 
 
 def shapley(found):
     """Shapley values (..., n) of AND interactions (..., 2^n): the players of a set share its interaction equally."""
+    assert found.shape[-1] <= 1 << 16, "at most 16 players"
     index = torch.arange(found.shape[-1], device=found.device)
     share = found / order_of(index).clamp(min=1)
     return torch.stack([share[..., index >> i & 1 == 1].sum(-1) for i in range(len(index).bit_length() - 1)], -1)
@@ -494,14 +622,16 @@ def shares(a, f, s, order):
     """What is preserved and so on of interactions (S, C), as ratios of sums over inputs and sets: of all, of orders 1
     and 2 (_low) and of the others (_high). only_scratch: what scratch has and the fine-tuned network has not.
 
-    Two controls, shares of a: what scratch agrees with, and what f agrees with after player i became player i + 1."""
+    Controls, shares of a: what agrees with scratch; with f where player i has become player i + 1; with f if every sign
+    were a coin's (r_coin: the same of r)."""
     n, index = int(order.max()), torch.arange(len(order))
-    inside = index & (1 << n) - 1
+    inside = index & (1 << n) - 1  # bits of the players; a set of OR has one bit more
     moved = f[:, index - inside + (inside << 1 & (1 << n) - 1 | inside >> n - 1)]
     kept, gone, new = decompose(a, f)
+    coin, r_coin = (torch.minimum(x.abs(), y.abs()) / 2 for x, y in ((a, f), (kept, s)))
     parts = dict(preserved=(kept, a), discarded=(gone, a), new=(new, f), r=(decompose(kept * a.sign(), s)[0], kept),
-                 only_scratch=(decompose(f, s)[2], s), preserved_scratch=(decompose(a, s)[0], a),
-                 preserved_moved=(decompose(a, moved)[0], a))
+                 r_coin=(r_coin, kept), only_scratch=(decompose(f, s)[2], s), preserved_coin=(coin, a),
+                 preserved_scratch=(decompose(a, s)[0], a), preserved_moved=(decompose(a, moved)[0], a))
     groups = {"": order > 0, "_low": (order > 0) & (order < 3), "_high": order > 2}
     return {name + group: float(part[:, sets].sum() / whole[:, sets].abs().sum().clamp(min=1e-300))
             for name, (part, whole) in parts.items() for group, sets in groups.items()}
@@ -509,72 +639,99 @@ def shares(a, f, s, order):
 
 def truth(world, a, f, order):
     """Scored against the world's concepts, sets of two players and more: preserved shares of interactions inside
-    useful concepts and inside those the task has no use for; share of f's inside the task's, and of all sets."""
+    useful concepts and inside those the task has no use for, each the mean of the shares of orders 2 and 3; share of
+    f's inside the task's concepts, and of all sets."""
     def inside(concepts):
         return holds(concepts, torch.arange(len(order)) % 2 ** int(order.max())).bool().any(0) & (order > 1)  # (C,)
 
     useful, task = inside(world.useful), inside(torch.cat([world.useful, world.fresh]))
-    unused, kept = inside(world.unused) & ~task, decompose(a, f)[0]
-    found = {f"preserved_{name}": kept[:, sets].sum() / a[:, sets].abs().sum().clamp(min=1e-300)
-             for name, sets in (("useful", useful), ("unused", unused))}
-    found["on_task"] = f[:, task].abs().sum() / f[:, order > 1].abs().sum().clamp(min=1e-300)
-    return {name: float(x) for name, x in found.items()} | dict(on_task_chance=float(task.sum() / (order > 1).sum()))
+    unused, kept, found = inside(world.unused) & ~task, decompose(a, f)[0], {}
+    for name, sets in (("useful", useful), ("unused", unused)):
+        of_order = [kept[:, sets & (order == m)].sum() / a[:, sets & (order == m)].abs().sum().clamp(min=1e-300)
+                    for m in (2, 3)]
+        found[f"preserved_{name}"] = float(sum(of_order) / 2)
+    on_task = f[:, task].abs().sum() / f[:, order > 1].abs().sum().clamp(min=1e-300)
+    return found | dict(on_task=float(on_task), on_task_chance=float(task.sum() / (order > 1).sum()))
+
+
+def area(curve, epochs):
+    """Mean of a curve (E,) over the epochs at which it was taken."""
+    at = torch.tensor(epochs).double()
+    return float(torch.trapezoid(curve.double(), at / at[-1]))
 
 
 def convergence(found, other, epochs):
-    """How interactions (E, S, C) at these epochs come to their last state: mean similarity to it over the epochs, its
-    detour (total variation less net gain), similarity to another network's last state (every curve ends at 1 by
-    construction, this one does not), salient sets that vanish. Returns the numbers and the curve."""
-    curve, at = similarity(found, found[-1:]).mean(1), torch.tensor(epochs).double()  # (E,)
+    """How interactions (E, S, C) at these epochs come to their last state: similarity to it, mean over the epochs, and
+    its detour (total variation less net gain); mean similarity to another network's last state, (S, C) (a curve to
+    the own end is 1 there by construction, this one is not); salient sets that vanish. Also both curves (E,)."""
+    own, toward = (similarity(found, end[None]).mean(1) for end in (found[-1], other))
     vanished = ((found[:-1] != 0).any(0) & (found[-1] == 0)).sum(1).double().mean()
-    detour = curve.diff().abs().sum() - (curve[-1] - curve[0])
-    numbers = dict(similarity=torch.trapezoid(curve, at / at[-1]), detour=detour, vanished=vanished,
-                   similarity_other=similarity(found[-1], other).mean())
-    return {name: float(x) for name, x in numbers.items()}, curve.tolist()
+    detour = own.diff().abs().sum() - (own[-1] - own[0])
+    numbers = dict(similarity=area(own, epochs), detour=float(detour), toward_other=area(toward, epochs))
+    return numbers | dict(vanished=float(vanished)), own.tolist(), toward.tolist()
+
+
+def speech(a, f, v):
+    """What the preserved interactions (S, C) of fine-tuned networks say for an input's class, where v (S, 2^n) are
+    log-odds: their sum over the sum of sizes, right answers, and right answers if they are taken out."""
+    kept = decompose(a, f)[0] * f.sign()  # each adds itself to the output for the whole input
+    right = dict(right=v[:, -1] > 0, right_without_preserved=v[:, -1] - kept.sum(1) > 0)
+    found = {name: float(x.double().mean()) for name, x in right.items()}
+    return found | dict(speaks_for_class=float(kept.sum() / kept.abs().sum().clamp(min=1e-300)))
 
 
 def compare(cfg, world, fine, scratch, floor):
     """All measures from games (E, S, 2^n) of a fine-tuned and a scratch network at the same epochs: {name: number} of
-    the fine-tuned, of scratch, and curves by order and epoch. Names that end in _all have no threshold."""
+    the fine-tuned, of scratch, and curves by order and epoch. _all: no threshold; _unit: of unit interactions."""
     (E, S, sets), v0 = fine.shape, fine[-1] - fine[-1, :, :1]
     every, order = interactions(cfg, torch.cat([fine, scratch]))  # (2 E, S, C)
     big, ends = salient(every, order, cfg.tau, floor), [0, E - 1, 2 * E - 1]
-    a, f, s = big[ends]
-    found = shares(a, f, s, order) | (truth(world, a, f, order) if isinstance(world, Concepts) else {})
-    totals = {name: x for name, x in shares(*every[ends], order).items() if not name.endswith(("_low", "_high"))}
-    found |= {f"{name}_all": x for name, x in totals.items()}
-    kept = decompose(a, f)[0] * f.sign()  # (S, C); each adds itself to the output for the whole input
-    without = fine[-1, :, -1] - kept.sum(1)
-    found |= dict(error=(rebuild(f, sets) - v0).norm() / v0.norm(), salient_pre=(a != 0).sum() / S,
-                  salient=(f != 0).sum() / S, size=every[E - 1].abs().sum() / S,  # how much there is of |I|
-                  speaks_for_class=kept.sum() / kept.abs().sum().clamp(min=1e-300),
-                  right=(fine[-1, :, -1] > 0).double().mean(), right_without_preserved=(without > 0).double().mean())
-    by_fine, curve = convergence(big[:E], s, numbers(cfg.epochs))
-    by_scratch, other = convergence(big[E:], f, numbers(cfg.epochs))
-    names = ("preserved", "discarded", "new")
+    a, f, s = big[ends]  # pre-trained, fine-tuned, scratch
+    found = shares(a, f, s, order) | speech(a, f, fine[-1])
+    if isinstance(world, Concepts):
+        found |= truth(world, a, f, order)
+    for name, three in (("all", every[ends]), ("unit", unit(big[ends]))):
+        totals = shares(*three, order)
+        found |= {f"{key}_{name}": x for key, x in totals.items() if not key.endswith(("_low", "_high"))}
+    found |= dict(error=float((rebuild(f, sets) - v0).norm() / v0.norm()), size=float(f.abs().sum() / S),
+                  size_pre=float(a.abs().sum() / S), salient=float((f != 0).sum() / S),
+                  salient_pre=float((a != 0).sum() / S))
+    by_fine, own, toward = convergence(big[:E], s, numbers(cfg.epochs))
+    by_scratch, own_scratch, toward_scratch = convergence(big[E:], f, numbers(cfg.epochs))
     curves = {name: [x[:, order == m].sum().item() / S for m in range(1, cfg.n_players + 1)]
-              for name, x in zip(names, decompose(a, f))} | dict(similarity_fine=curve, similarity_scratch=other)
-    return {name: float(x) for name, x in found.items()} | by_fine, by_scratch, curves
+              for name, x in zip(("preserved", "discarded", "new"), decompose(a, f))}
+    curves |= dict(similarity_fine=own, similarity_scratch=own_scratch)
+    curves |= dict(toward_scratch_fine=toward, toward_fine_scratch=toward_scratch)
+    return found | by_fine, by_scratch, curves
 
 
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
 # "arm/size of training/measure": a ratio of sums over held-out inputs; mean and interval are over worlds.
 CLAIMS = [
     ("most-is-discarded", "related/400/discarded", 0.5, "fine-tuning keeps half of the interactions or more"),
+    ("most-is-discarded-unit", "related/400/discarded_unit", 0.5, "so it does if both networks have equally much"),
     ("discarded-at-high-order", "related/400/discarded_high - related/400/discarded_low", 0.0, "no trend by order"),
     ("much-is-new", "related/400/new", 0.5, "most of what the fine-tuned network says was there before"),
     ("new-at-high-order", "related/400/new_high - related/400/new_low", 0.0, "new knowledge is not more complex"),
     ("scratch-lacks-the-preserved", "1 - related/400/r", 0.5, "scratch learns half of it or more (paper: 13 to 45 %)"),
+    ("scratch-has-more-than-chance", "related/400/r - related/400/r_coin", 0.0, "what it has of it could be coins'"),
     *((f"more-accurate-{n}", f"related/{n}/accuracy - scratch/{n}/accuracy", 0.0, "pre-training does not help")
       for n in (50, 150, 400, 1600)),
+    *((f"learns-faster-{n}", f"related/{n}/learning - scratch/{n}/learning", 0.0, "no better on the way either")
+      for n in (50, 150, 400, 1600)),
     *((f"converges-faster-{n}", f"related/{n}/similarity - scratch/{n}/similarity", 0.0, "scratch is as fast")
+      for n in (50, 150, 400, 1600)),
+    *((f"faster-than-random-labels-{n}", f"related/{n}/similarity - random/{n}/similarity", 0.0, "these are as fast")
       for n in (50, 150, 400, 1600)),
     ("steadier", "scratch/400/detour - related/400/detour", 0.0, "scratch comes as straight to its last state"),
     ("disjoint-preserves-less", "related/400/preserved - disjoint/400/preserved", 0.0, "as much of concepts of no use"),
     ("random-preserves-less", "related/400/preserved - random/400/preserved", 0.0, "as much of random labels"),
-    ("not-by-chance", "related/400/preserved - related/400/preserved_moved", 0.0, "as much agrees with other players"),
+    ("not-by-chance-low", "related/400/preserved_low - related/400/preserved_coin_low", 0.0, "coins agree as much"),
+    ("not-by-chance-high", "related/400/preserved_high - related/400/preserved_coin_high", 0.0, "coins agree as much"),
+    ("not-of-other-players", "related/400/preserved - related/400/preserved_moved", 0.0, "as much agrees with theirs"),
     ("not-of-the-task", "related/400/preserved - related/400/preserved_scratch", 0.0, "scratch agrees as much"),
     ("useful-is-preserved", "related/400/preserved_useful - related/400/preserved_unused", 0.0, "no more than others"),
+    ("fine-tuned-is-on-task", "related/400/on_task - related/400/on_task_chance", 0.0, "as any sets of players"),
 ]
 STUDENT = 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # 97.5 % quantiles for 2 worlds and more
 
@@ -649,7 +806,7 @@ def train(cfg, run, job, net, draw, steps, lr, smoothing, state, marks=(), watch
         if step == steps:
             return seen, time.perf_counter() - began
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+            group["lr"] = lr * min(1.0, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
         loss = loss_of(net.train(), to_device(run, draw(step)), smoothing)
         optimizer.zero_grad()
         loss.backward()
@@ -671,6 +828,9 @@ def pretrain(cfg, run, job, seed, arm, state):
     torch.manual_seed(generator("backbone", seed, arm).initial_seed())
     world = make_world(cfg, arm, seed)
     net = Network(cfg, world.labels).to(run.device, run.dtype)
+    if cfg.task == "images":
+        load_vit(net, cfg.load)
+        return net, {}, 0.0
 
     def draw(step):
         return world.before(cfg.batch_size, generator("before", seed, arm, step))
@@ -705,11 +865,15 @@ def downstream(cfg, run, job, seed, arm, size, state):
         right = (net(test["x"]).argmax(1) == test["target"]).double().mean()
         return values(net, *game, cfg.mask_batch, cfg.kernels).cpu(), right.cpu()
 
-    marks, lr = [per_epoch * epoch for epoch in numbers(cfg.epochs)], cfg.lr if arm == "scratch" else cfg.lr_fine
+    marks = [per_epoch * epoch for epoch in numbers(cfg.epochs)]
+    lr = cfg.lr_scratch if arm == "scratch" else cfg.lr_fine
     seen, seconds = train(cfg, run, job, net, draw, marks[-1], lr, cfg.smoothing, state, marks, watch)
     games, accuracy = (torch.stack(x) for x in zip(*seen))
-    floor = noise_floor(games[-1], values(net, *game, cfg.mask_batch // 3 + 1, cfg.kernels).cpu())
-    return net, dict(games=games, accuracy=accuracy, floor=floor), seconds
+    if not games.isfinite().all():
+        fail(f"{job}: training diverged: lower --lr, --lr-fine or --lr-scratch")
+    floor = noise_floor(games[-1].to(run.device), net, *game, cfg.mask_batch).cpu()
+    majority = test["target"].bincount().max().cpu() / len(test["target"])
+    return net, dict(games=games, accuracy=accuracy, floor=floor, majority=majority), seconds
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -910,27 +1074,31 @@ def cost(cfg, run=None):
     """Say what a run takes, without allocating a network; with a run, also what was measured."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape, sizes = make_world(cfg, "related", 0).player.shape, [size for _, _, size in jobs(cfg)]
+    world, sizes = make_world(cfg, "related", 0), [size for _, _, size in jobs(cfg)]
+    shape = world.player.shape
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        (net := Network(cfg, 2))(torch.empty(1, *shape))
+        (net := Network(cfg, world.classes))(torch.empty(1, *shape))
     n, flops, epochs = sum(p.numel() for p in net.parameters()), counter.get_total_flops(), numbers(cfg.epochs)
-    before, after = cfg.steps * sizes.count(0), epochs[-1] * sum(-(-size // cfg.batch_fine) for size in sizes)
+    before = cfg.steps * sizes.count(0) * (cfg.task != "images")
+    after = epochs[-1] * sum(-(-size // cfg.batch_fine) for size in sizes)
     forwards = (len(sizes) - sizes.count(0)) * (len(epochs) + 1) * cfg.n_eval * 2**cfg.n_players
+    batch = max(cfg.batch_fine, cfg.batch_size * (before > 0))
+    memory = 16 * n + batch * flops / 50 + 16 * cfg.mask_batch * shape.numel()
     total = flops * (3 * before * cfg.batch_size + 3 * after * cfg.batch_fine + forwards)
     print(f"{n:,} parameters | steps: {before:,} of pre-training, {after:,} downstream | {forwards:,} masked forwards, "
-          f"{total:.2e} FLOPs | {(16 * n + cfg.mask_batch * flops / 50) / 2**30:.2f} GiB | on one H100 "
+          f"{total:.2e} FLOPs | about {memory / 2**30:.2f} GiB | on one H100 "
           f"{total / 2e13 / 3600:.2f} hours at 20 TFLOP/s, at least 1 ms a step", flush=True)
     if run is None:
         return
     net, seconds, x = net.to_empty(device=run.device).to(run.dtype), [], torch.randn(1024, 1024, device=run.device)
-    for count in (cfg.batch_size, cfg.batch_fine, 1024):
+    for count in (cfg.batch_size, cfg.batch_fine, many := min(1024, cfg.mask_batch)):
         batch = to_device(run, dict(x=torch.zeros(count, *shape), target=torch.zeros(count, dtype=torch.long)))
         seconds.append(min(timeit.repeat(lambda: loss_of(net, batch).backward(), number=1, repeat=3)))
     peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=3))
-    minutes = (2 * before * seconds[0] + 2 * after * seconds[1] + forwards * seconds[2] / 2048) / 60
-    print(f"a gradient takes {1e3 * seconds[0]:.2f} ms in pre-training, {1e3 * seconds[1]:.2f} ms downstream; of 1,024 "
-          f"inputs it has {3 * flops * 1024 / seconds[2] / peak:.0%} of a matmul's {peak / 1e9:.0f} GFLOP/s; with data "
-          f"and AdamW about {minutes:.1f} minutes", flush=True)
+    minutes = (2 * before * seconds[0] + 2 * after * seconds[1] + forwards * seconds[2] / many / 2) / 60
+    print(f"a gradient takes {1e3 * seconds[0]:.2f} ms in pre-training, {1e3 * seconds[1]:.2f} ms downstream; of "
+          f"{many} inputs it has {3 * flops * many / seconds[2] / peak:.0%} of a matmul's {peak / 1e9:.0f} GFLOP/s; "
+          f"with data and AdamW about {minutes:.1f} minutes", flush=True)
 
 
 def load_input(cfg, out):
@@ -938,7 +1106,12 @@ def load_input(cfg, out):
     if cfg.callable:
         return load_callable(cfg)
     seed, arm = 100 * cfg.seed, cfg.arms.split(",")[0]
-    path, world = cfg.load or out / f"w{seed}-{arm}-{numbers(cfg.n_train)[-1]}.safetensors", make_world(cfg, arm, seed)
+    path = Path(cfg.load or out / f"w{seed}-{arm}-{numbers(cfg.n_train)[-1]}.safetensors")
+    if (saved := path.parent / "config.json").exists():  # the run's own inputs are explained, not others like them
+        saved, ours = json.loads(saved.read_text()), asdict(cfg)
+        if changed := [k for k in ("task", "seed", "data", "n_players", "n_eval", "noise") if saved[k] != ours[k]]:
+            fail(f"--load {path}: its run had other flags: " + ", ".join(f"{k} {saved[k]}" for k in changed))
+    world = make_world(cfg, arm, seed)
     net, held = Network(cfg, world.classes).eval(), world.after(cfg.n_eval, generator(seed, "explained"), held=True)
     try:
         net.load_state_dict(load_file(path))
@@ -950,24 +1123,40 @@ def load_input(cfg, out):
 
 
 def load_callable(cfg):
-    """--callable module:function is imported from the current directory and returns a model in eval mode, inputs
-    (B, ...) to logits (B, C), players (...), integers that say to whom an entry of an input belongs, -1: it is never
-    masked, and a baseline (...), what an absent player looks like, on the model's device."""
+    """--callable module:function is imported from the current directory and returns a model, nn.Module or a function
+    that also takes fp64, from inputs (B, ...) to logits (B, C), players (...), integers that say to whom an entry of
+    an input belongs, -1: it is never masked, and a baseline (...), what an absent player looks like, on the model's
+    device."""
     module, name = cfg.callable.split(":")
     sys.path.insert(0, os.getcwd())
     try:
         net, player, baseline = getattr(importlib.import_module(module), name)()
-        x = torch.from_numpy(np.load(cfg.explain, allow_pickle=False))
-    except (ImportError, AttributeError, TypeError) as error:
-        fail(f"--callable {cfg.callable}: {error}; the function must return (model, players, baseline)")
-    except (OSError, ValueError) as error:
+        net = net.eval() if isinstance(net, nn.Module) else net
+        player, baseline = torch.as_tensor(player), torch.as_tensor(baseline)
+    except Exception as error:  # it is the user's code: whatever it raises is named, not traced through this file
+        fail(f"--callable {cfg.callable}: {type(error).__name__}: {str(error).splitlines()[:1]}; the function must "
+             "return (model, players, baseline)")
+    try:
+        x = torch.from_numpy(np.load(cfg.explain, allow_pickle=False))[None]
+        if x.is_complex() or not baseline.is_floating_point():
+            raise TypeError(f"the input must be real, {x.dtype}, and the baseline of floats, {baseline.dtype}")
+        x = x.to(baseline)
+    except (OSError, EOFError, TypeError, ValueError, AttributeError) as error:
         fail(f"--explain {cfg.explain}: not a file .npy of numbers: {error}")
-    if set(player.flatten().tolist()) - {-1} not in [set(range(n)) for n in range(1, 17)]:
+    if player.is_floating_point() or set(player.flatten().tolist()) - {-1} not in [set(range(n)) for n in range(1, 17)]:
         fail(f"--callable {cfg.callable}: players must be the integers 0 to n - 1, n at most 16, or -1: never masked")
-    if not x.shape == player.shape == baseline.shape:
-        shapes = (tuple(part.shape) for part in (x, player, baseline))
+    if not x.shape[1:] == player.shape == baseline.shape:
+        shapes = (tuple(part.shape) for part in (x[0], player, baseline))
         fail("--explain {}: input {}, players {} and baseline {} must have one shape".format(cfg.explain, *shapes))
-    return net, x[None].to(baseline), player, baseline, None
+    try:
+        with torch.no_grad():
+            logits = net(x)
+            (copy.deepcopy(net).double() if isinstance(net, nn.Module) else net)(x.double())
+    except Exception as error:
+        fail(f"--callable {cfg.callable}: the model fails on the input {tuple(x.shape)}, or in fp64: {error}")
+    if not torch.is_tensor(logits) or logits.ndim != 2 or logits.shape[1] < 2 or not logits.isfinite().all():
+        fail(f"--callable {cfg.callable}: the model must return finite logits (1, C) of two classes or more")
+    return net, x, player.to(baseline.device), baseline, None
 
 
 def explain(cfg):
@@ -976,10 +1165,14 @@ def explain(cfg):
     net, x, player, baseline, label = load_input(cfg, out)
     with torch.no_grad():
         said = net(x).argmax(1)
-    chunks = cfg.mask_batch, cfg.mask_batch // 3 + 1
-    v, again = (values(net, x, said, baseline, player, chunk).cpu() for chunk in chunks)
+    game = net, x, said, baseline, player, cfg.mask_batch
+    v = values(*game)
+    if not v.isfinite().all():
+        fail(f"--explain {cfg.explain}: the network's log-odds of masked inputs are not finite")
+    v, floor = v.cpu(), noise_floor(v, *game).cpu()
     every, order = interactions(cfg, v[None])
-    found, sets, v0 = salient(every, order, 0.0, noise_floor(v, again))[0, 0], v.shape[1], v[0] - v[0, 0]
+    tau = 0.0 if cfg.interactions == "and" else 1e-3  # what ADMM leaves of interactions that are none
+    found, sets, v0 = salient(every, order, tau, floor)[0, 0], v.shape[1], v[0] - v[0, 0]
     strongest = [i for i in found.abs().argsort(descending=True, stable=True)[:20].tolist() if found[i]]
     names = [(" or " if i >= sets else " and ").join(str(p) for p in range(16) if i % sets >> p & 1) for i in strongest]
     print(f"class {said.item()}, true {label} | log-odds {v[0, -1]:.3f}, of the baseline {v[0, 0]:.3f} | Shapley "
@@ -1031,10 +1224,13 @@ def analyse(cfg, out):
         fine, scratch = load(f"w{seed}-{arm}-{size}"), load(f"w{seed}-scratch-{size}")
         world, floor = make_world(cfg, arm, seed), max(fine["floor"], scratch["floor"]).item()
         found, other, curve = compare(cfg, world, fine["games"], scratch["games"], floor)
-        found |= dict(accuracy=fine["accuracy"][-1].item(), probe=fine["accuracy"][0].item(), floor=floor)
+        found |= dict(probe=fine["accuracy"][0].item(), majority=fine["majority"].item(), floor=floor)
         parts = {arm: found}
         if arm == cfg.arms.split(",")[0]:
-            parts["scratch"] = other | dict(accuracy=scratch["accuracy"][-1].item())
+            parts["scratch"] = other
+        for row, games in zip(parts, (fine, scratch)):
+            accuracy = games["accuracy"]
+            parts[row] |= dict(accuracy=accuracy[-1].item(), learning=area(accuracy, numbers(cfg.epochs)))
         for name, value in ((f"{row}/{size}/{k}", x) for row, part in parts.items() for k, x in part.items()):
             table.setdefault(name, []).append(value)
         curve |= {f"accuracy_{k}": x["accuracy"].tolist() for k, x in (("fine", fine), ("scratch", scratch))}
@@ -1044,7 +1240,7 @@ def analyse(cfg, out):
 
 def print_table(metrics):
     """A row for each arm and size of training."""
-    columns = "probe accuracy preserved discarded_low discarded_high new_low new_high r_low r_high similarity".split()
+    columns = "probe accuracy salient preserved discarded_low discarded_high new_low new_high r similarity".split()
     print(f"{'':14}" + "".join(f"{column:>15}" for column in columns))
     for row in dict.fromkeys(key.rpartition("/")[0] for key in metrics):
         cells = (f"{metrics[f'{row}/{name}']:.3f}" if f"{row}/{name}" in metrics else "" for name in columns)
@@ -1084,7 +1280,11 @@ def main(argv=None):
     metrics = {key: float(x.mean()) for key, x in table.items()}
     print_table(metrics)
     tried = {arm: TRIED.get(arm, 1) for arm in [*cfg.arms.split(","), "scratch"]}
-    record = dict(tried=tried, metrics=metrics, data_sha256="", minutes=(seconds + sum(done.values())) / 60)
+    minutes, digest = (seconds + sum(done.values())) / 60, hashlib.sha256()
+    files = [file for part in ("train", "test") for file in picture_files(cfg.data, part)]
+    for file in [*files, cfg.load] if files else []:
+        digest.update(Path(file).read_bytes())
+    record = dict(tried=tried, metrics=metrics, data_sha256=digest.hexdigest() if files else "", minutes=minutes)
     return report(cfg, run, "gametheory", argv, statistics(table), CLAIMS, **record)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
 """gametheory.py: interactions against sums over subsets, the split into AND and OR, measures, worlds, command line."""
+import copy
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.image import imsave
 from safetensors.torch import load_file
 
 SMOKE = ["--scale", "smoke"]
@@ -62,8 +64,50 @@ def plain_moebius(v):
     return [sum((-1) ** (size(S) - size(T)) * v[T] for T in subsets(S)) for S in range(len(v))]
 
 
+@pytest.mark.peers
+def test_moebius_and_shapley_equal_shapiq():
+    shapiq, n = pytest.importorskip("shapiq"), 6
+    v, bits = torch.randn(2**n, dtype=torch.float64), 1 << np.arange(n)
+    v[0] = 0
+    exact = shapiq.ExactComputer(lambda there: v.numpy()[there.astype(np.int64) @ bits], n_players=n)
+    found, theirs = m.moebius(v), exact.moebius_transform
+    sets = {sum(1 << p for p in players): at for players, at in theirs.interaction_lookup.items()}
+    assert max(abs(theirs.values[sets[S]] - found[S].item()) for S in range(2**n)) < 1e-9
+    shares = exact(index="SV", order=1)
+    assert all(abs(shares[(i,)] - x) < 1e-9 for i, x in enumerate(m.shapley(found).tolist()))
+
+
 def orders(n):
     return torch.tensor([size(S) for S in range(2**n)])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A directory of pictures of two classes, red and green, with noise; weights of a ViT of smoke's sizes."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pictures")
+    for part, name, i in itertools.product(("train", "test"), "ab", range(20)):
+        (folder / part / name).mkdir(parents=True, exist_ok=True)
+        x = 0.5 * rng.random((30 + i, 40, 3)) + 0.5 * np.eye(3)[ord(name) - 97]
+        imsave(folder / part / name / f"{i}.{'jpg' if i % 2 else 'png'}", x)
+    m.replace_file(folder / "vit.safetensors", m.save(timm_names(m.Network(images(), 2).state_dict())))
+    return folder
+
+
+def images(**changes):
+    """Settings of --task images at smoke's sizes."""
+    return m.Config(**m.SCALES["smoke"] | m.SCALES["smoke:images"] | dict(task="images", dry_run=True) | changes)
+
+
+def timm_names(state):
+    """Weights of a Network as timm names them."""
+    names = {"backbone.": "blocks.", "start": "cls_token", "position": "pos_embed", "embed.": "patch_embed.proj.",
+             "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj": "attn.proj", "linear": "mlp.fc"}
+    found = {}
+    for name, x in state.items():
+        for ours, theirs in names.items():
+            name = re.sub(rf"(^|\.){re.escape(ours)}", rf"\1{theirs}", name)
+        found[name] = x.clone()
+    return found
 
 
 # ---------------------------------------------------------------- interactions
@@ -263,16 +307,29 @@ def test_polynomial_network_has_its_coefficients():
 
 # ---------------------------------------------------------------- measures
 def test_noise_grows_with_the_order():
-    """Errors sigma of values are sigma 2^(m / 2) in I; so none of pure noise is salient, and the floor is sigma."""
+    """Errors sigma of values are sigma 2^(m / 2) in I; so none of pure noise is salient."""
     n, sigma = 8, 0.01
-    v, again = sigma * torch.randn(2, 400, 2**n).double()
-    floor = m.noise_floor(v, again)
-    assert abs(floor / sigma - 1) < 0.01
-    found, order = m.moebius(v), orders(n)
+    v = sigma * torch.randn(400, 2**n).double()
+    found, order, floor = m.moebius(v), orders(n), torch.tensor(sigma)
     for k in range(1, n + 1):
         assert abs(found[:, order == k].std() / (sigma * 2 ** (k / 2)) - 1) < 0.1
     assert (m.salient(found, order, 0.0, floor) != 0).double().mean() < 0.01  # of a normal distribution 0.3 %
-    assert abs(m.noise_floor(v, v) / (2**-24 * sigma) - 1) < 0.01
+
+
+def test_noise_floor_is_the_error_of_the_network():
+    """The same weights in fp64 have none; with errors put into fp32 it is their size; a plain function computes in the
+    type of its input."""
+    n = 6
+    net, x, label = torch.nn.Linear(n, 3), torch.randn(4, n), torch.tensor([0, 1, 2, 0])
+    game = x, label, torch.zeros(n), torch.arange(n)
+    v = m.values(net, *game)
+    exact = m.values(copy.deepcopy(net).double(), x.double(), label, game[2].double(), game[3])
+    error = (v - exact).square().mean().sqrt()
+    assert abs(m.noise_floor(v, net, *game) / error - 1) < 1e-3 and 1e-8 < error < 1e-6
+    assert abs(m.noise_floor(exact + 0.01 * torch.randn_like(exact), net, *game) / 0.01 - 1) < 0.2
+    assert m.noise_floor(exact, net, *game) < 1e-12 and next(net.parameters()).dtype == torch.float32
+    w = torch.randn(n, 3).double()
+    assert m.noise_floor(m.values(lambda x: x @ w.to(x), *game), lambda x: x @ w.to(x), *game) < 1e-6
 
 
 def test_salient_by_loops():
@@ -320,7 +377,7 @@ def test_shares_by_loops():
         return min(abs(x), abs(y)) if x * y > 0 else 0.0
 
     for group, sizes in (("", (1, 2, 3, 4)), ("_low", (1, 2)), ("_high", (3, 4))):
-        total = dict.fromkeys("a f s kept learned fs as moved".split(), 0.0)
+        total = dict.fromkeys("a f s kept learned fs as moved coin r_coin".split(), 0.0)
         for i, S in itertools.product(range(5), range(2**n)):
             if size(S) in sizes:
                 x, y, z = (part[i, S].item() for part in (a, f, s))
@@ -328,12 +385,13 @@ def test_shares_by_loops():
                 shifted = (S << 1 | S >> n - 1) & 2**n - 1
                 new = dict(a=abs(x), f=abs(y), s=abs(z), kept=kept, learned=min(kept, abs(z)) if x * z > 0 else 0.0,
                            fs=overlap(y, z), moved=overlap(x, f[i, shifted].item()))
-                new["as"] = overlap(x, z)
+                new |= {"as": overlap(x, z), "coin": min(abs(x), abs(y)) / 2, "r_coin": min(kept, abs(z)) / 2}
                 total = {name: total[name] + new[name] for name in total}
         t = total
         wanted = dict(preserved=t["kept"] / t["a"], discarded=1 - t["kept"] / t["a"], new=1 - t["kept"] / t["f"],
                       r=t["learned"] / t["kept"], only_scratch=1 - t["fs"] / t["s"],
-                      preserved_scratch=t["as"] / t["a"], preserved_moved=t["moved"] / t["a"])
+                      preserved_scratch=t["as"] / t["a"], preserved_moved=t["moved"] / t["a"],
+                      preserved_coin=t["coin"] / t["a"], r_coin=t["r_coin"] / t["kept"])
         for name, value in wanted.items():
             assert abs(got[name + group] - value) < 1e-9, name + group
 
@@ -344,6 +402,7 @@ def test_shares_of_equal_networks():
     got = m.shares(a, a, a, orders(4))
     assert abs(got["preserved"] - 1) < 1e-12 and got["new"] == got["discarded"] == got["only_scratch"] == 0
     assert abs(got["r"] - 1) < 1e-12 and got["preserved_moved"] < 0.9
+    assert got["preserved_coin"] == got["r_coin"] == pytest.approx(0.5)
     assert m.shares(0 * a, a, a, orders(4))["preserved"] == 0  # 0 / 0 is 0
     twice = m.shares(*3 * [torch.cat([a, a], 1)], orders(4).repeat(2))  # AND and OR: players move within each half
     assert twice["preserved_moved"] == pytest.approx(got["preserved_moved"])
@@ -357,8 +416,8 @@ def test_truth_counts_sets_inside_concepts():
     f = a * torch.tensor([0.5]).double()
     f[0, 0b1100] = 1.0
     got = m.truth(world, a, f, orders(8))
-    assert got["preserved_useful"] == pytest.approx(0.5)  # 0b11, 0b111, 0b110
-    assert got["preserved_unused"] == pytest.approx(0.25)  # 0b1100 alone: 0b110 is inside a useful one
+    assert got["preserved_useful"] == pytest.approx((8.5 / 17 + 1.0 / 2) / 2)  # 0b11, 0b110, and of order 3 0b111
+    assert got["preserved_unused"] == pytest.approx(0.25 / 2)  # 0b1100 alone: 0b110 is useful; none of order 3
     assert got["on_task"] == pytest.approx(13.5 / 14.5)  # with 0b11000, without single players
     assert got["on_task_chance"] == pytest.approx(5 / (256 - 9))
 
@@ -369,11 +428,24 @@ def test_convergence_by_hand():
     found[0, 0, 1] = found[2, 0, 1] = 1.0
     found[1, 0, 1:3] = torch.tensor([1.0, 1.0])
     found[3, 0, 2] = 1.0
-    got, curve = m.convergence(found, -found[3], [0, 1, 2, 4])
+    end = torch.tensor([[0.0, 1.0, 0, 0]]).double()
+    got, own, toward = m.convergence(found, end, [0, 1, 2, 4])
     third = 0.5 / 1.5  # halves {1, 2} beside {2}: min 0.5, max 0.5 + 1
-    assert curve == pytest.approx([0, third, 0, 1])
+    assert own == pytest.approx([0, third, 0, 1]) and toward == pytest.approx([1, third, 1, 0])
     assert got["similarity"] == pytest.approx((third / 2 + third / 2 + 1.0) / 4)
-    assert got["detour"] == pytest.approx(2 * third) and got["vanished"] == 1 and got["similarity_other"] == 0
+    assert got["toward_other"] == pytest.approx(((1 + third) / 2 + (third + 1) / 2 + 1.0) / 4)
+    assert got["detour"] == pytest.approx(2 * third) and got["vanished"] == 1
+    assert m.area(torch.tensor([0.0, 1, 3]), [0, 1, 3]) == pytest.approx((0.5 + 4) / 3)
+
+
+def test_speech_of_what_is_preserved():
+    """Two inputs: 2 of 3 kept for the class, where the output is 1; 1 kept against it, where the output is -0.5."""
+    a = torch.tensor([[0, 2.0, 0, 0], [0, 0, -1.0, 5.0]]).double()
+    f = torch.tensor([[0, 3.0, 0, 0], [0, 0, -4.0, -5.0]]).double()
+    v = torch.tensor([[0, 0, 0, 1.0], [0, 0, 0, -0.5]]).double()
+    got = m.speech(a, f, v)
+    assert got["speaks_for_class"] == pytest.approx((2 - 1) / 3)
+    assert (got["right"], got["right_without_preserved"]) == (0.5, 0.5)  # 1 - 2 is wrong, -0.5 + 1 is right
 
 
 def test_compare_of_games_that_do_not_change(here):
@@ -383,25 +455,64 @@ def test_compare_of_games_that_do_not_change(here):
     for kind in ("and", "and-or"):
         cfg.interactions = kind
         found, other, curves = m.compare(cfg, m.make_world(cfg, "related", 0), v, v, 0.0)
-        for name in ("preserved", "r", "similarity", "preserved_all", "preserved_useful", "similarity_other"):
+        for name in ("preserved", "r", "similarity", "preserved_all", "preserved_unit", "preserved_useful",
+                     "toward_other"):
             assert found[name] == pytest.approx(1, abs=1e-6), name
         assert found["error"] < 1e-6 and found["new"] < 1e-6 and found["only_scratch"] < 1e-6
         assert found["right_without_preserved"] == (v[0, :, 0] > 0).double().mean()  # v of nothing is left
         assert other["detour"] == pytest.approx(0, abs=1e-6) and sum(curves["new"]) < 1e-6
-        assert sum(curves["preserved"]) == pytest.approx(found["size"])
+        assert sum(curves["preserved"]) == pytest.approx(found["size"]) == pytest.approx(found["size_pre"])
+
+
+def test_compare_knows_who_is_who():
+    """Three epochs of other games each: pre-trained is the first, fine-tuned the last, scratch the last of its own;
+    measures are of salient ones, _all of all, _unit of unit ones; curves run to the own end and to the other's."""
+    cfg = m.Config(n_eval=4, tau=0.3, epochs="0,1,3")
+    fine, scratch = torch.randn(2, 3, 4, 256).double()
+    world, order, floor = m.make_world(cfg, "related", 0), orders(8), 0.02
+    found, other, curves = m.compare(cfg, world, fine, scratch, floor)
+    every = m.moebius(torch.cat([fine, scratch])) * (order > 0)
+    big = m.salient(every, order, 0.3, floor)
+    wanted = m.shares(big[0], big[2], big[5], order) | m.truth(world, big[0], big[2], order)
+    wanted |= m.speech(big[0], big[2], fine[2])
+    for name, of in (("all", every), ("unit", m.unit(big))):
+        wanted |= {f"{k}_{name}": x for k, x in m.shares(of[0], of[2], of[5], order).items() if k in ("r", "new")}
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value), name
+    assert abs(found["preserved_all"] - found["preserved"]) > 0.01  # the threshold matters here
+    rebuilt = m.moebius(big[2], inverse=True)
+    v0 = fine[2] - fine[2, :, :1]
+    assert found["error"] == pytest.approx(float((rebuilt - v0).norm() / v0.norm()))
+    assert found["salient"] == float((big[2] != 0).sum()) / 4 and found["salient_pre"] == float((big[0] != 0).sum()) / 4
+    for got, of, end in ((found, big[:3], big[5]), (other, big[3:], big[2])):
+        numbers = m.convergence(of, end, [0, 1, 3])[0]
+        assert {name: got[name] for name in numbers} == pytest.approx(numbers)
+    assert curves["similarity_fine"] == pytest.approx(m.similarity(big[:3], big[2]).mean(1).tolist())
+    assert curves["toward_fine_scratch"] == pytest.approx(m.similarity(big[3:], big[2]).mean(1).tolist())
+    by_hand = [m.decompose(big[0], big[2])[2][:, order == k].sum().item() / 4 for k in range(1, 9)]
+    assert curves["new"] == pytest.approx(by_hand)
 
 
 def test_statistics_and_verdicts():
     """Student's interval over worlds, by the table; paired differences; no interval without a second world."""
     keys = {key for _, formula, *_ in m.CLAIMS for key in formula.split(" - ")} - {"1"}
-    table = {key: np.array([0.2, 0.3, 0.4]) + 0.1 * ("related" in key) for key in keys}
+    table = {key: np.array([0.2, 0.3, 0.4]) + i for i, key in enumerate(sorted(keys))}
     found = m.statistics(table)
     assert set(found) == {name for name, *_ in m.CLAIMS}
+    for name, key, minus in (("converges-faster-150", "related/150/similarity", "scratch/150/similarity"),
+                             ("learns-faster-50", "related/50/learning", "scratch/50/learning"),
+                             ("more-accurate-1600", "related/1600/accuracy", "scratch/1600/accuracy"),
+                             ("steadier", "scratch/400/detour", "related/400/detour"),
+                             ("discarded-at-high-order", "related/400/discarded_high", "related/400/discarded_low"),
+                             ("new-at-high-order", "related/400/new_high", "related/400/new_low"),
+                             ("random-preserves-less", "related/400/preserved", "random/400/preserved"),
+                             ("not-by-chance-high", "related/400/preserved_high", "related/400/preserved_coin_high")):
+        assert found[name][0] == pytest.approx(table[key][0] - table[minus][0]), name
+    found = m.statistics({key: np.array([0.2, 0.3, 0.4]) for key in keys})
     mean, (low, high) = found["most-is-discarded"]
     spread = 4.303 * 0.1 / math.sqrt(3)
-    assert mean == pytest.approx(0.4) and (low, high) == pytest.approx((0.4 - spread, 0.4 + spread))
-    assert found["more-accurate-50"][0] == pytest.approx(0.1)
-    assert found["scratch-lacks-the-preserved"][0] == pytest.approx(0.6)
+    assert mean == pytest.approx(0.3) and (low, high) == pytest.approx((0.3 - spread, 0.3 + spread))
+    assert found["more-accurate-50"][0] == 0 and found["scratch-lacks-the-preserved"][0] == pytest.approx(0.7)
     assert m.statistics({key: x[:1] for key, x in table.items()}) == {}
     assert set(m.statistics({"related/400/new": np.ones(12)})) == {"much-is-new"}
     assert [m.verdict(x, (x - 1, x + 1), 0.0) for x in (2, -2, 0.5)] == ["HOLDS", "DOES NOT HOLD", "INCONCLUSIVE"]
@@ -427,8 +538,11 @@ def test_concepts(task, arm):
         codes = [[x[world.player == i] for i in range(8)], [world.baseline[world.player == i] for i in range(8)]]
         state = sum((torch.equal(part, world.code[1])) << i for i, part in enumerate(codes[0]))
         assert state in world.held.tolist() and world.answer[state] == target
-        assert torch.allclose(codes[1][0], world.code.mean(0))
+        assert all(torch.equal(part, world.code[0]) for part in codes[1])
+        assert torch.equal(world.baseline.flatten().sort()[0], world.code[0].repeat(8).sort()[0])
     before = world.before(64, m.generator(0))
+    possible = {tuple(world.asked[S].tolist()) for S in world.seen.tolist()}
+    assert {tuple(row) for row in before["target"].tolist()} <= possible
     assert before["target"].shape == (64, 26) and before["x"].shape[1:] == world.player.shape == world.baseline.shape
 
 
@@ -530,7 +644,104 @@ def test_a_planted_concept_is_learned(tmp_path):
 
     before = strongest()
     m.train(cfg, run, "job", net, draw, 300, 3e-3, 0.1, {})
-    assert before < 0.5 and strongest() == 1
+    assert before < 0.9 and strongest() == 1
+
+
+# ---------------------------------------------------------------- pictures and a ViT
+def test_images_are_scaled_and_cut(tmp_path):
+    """A wide picture: its middle square, the shorter side scaled; grey, transparent and 1-pixel pictures; the class."""
+    for part, name in itertools.product(("train", "test"), "ab"):
+        (tmp_path / part / name).mkdir(parents=True)
+    wide = np.zeros((24, 60, 4))
+    wide[..., 3] = 0.5  # transparency is left out
+    wide[:, 18:42, 0] = 1  # the middle is red
+    imsave(tmp_path / "test/b/wide.png", wide)
+    read = (world := m.Images(images(data=str(tmp_path)), "related", 0)).read
+    assert torch.equal(read(tmp_path / "test/b/wide.png"), torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 24, 24))
+    grey = np.linspace(0, 1, 48).repeat(48).reshape(48, 48)  # rows become brighter; half as large
+    imsave(tmp_path / "train/a/grey.PNG", np.dstack([grey] * 3))
+    x = read(tmp_path / "train/a/grey.PNG")
+    assert x.shape == (3, 24, 24) and (x[:, 1:, 5] > x[:, :-1, 5]).all()
+    assert (x[0, :, 3] - torch.linspace(-1, 1, 48).view(24, 2).mean(1)).abs().max() < 0.03
+    imsave(tmp_path / "train/b/dot.jpg", np.ones((1, 1, 3)))
+    assert read(tmp_path / "train/b/dot.jpg").min() > 0.97
+    (tmp_path / "train/b/notes.txt").write_text("no picture")
+    world = m.Images(images(data=str(tmp_path)), "related", 0)
+    assert world.names == ["a", "b"] and world.classes == 2
+    held = world.after(5, m.generator(0), held=True)
+    assert held["target"].tolist() == [1] and torch.equal(held["x"][0], read(tmp_path / "test/b/wide.png"))
+    assert sorted(world.after(9, m.generator(0))["target"].tolist()) == [0, 1]
+
+
+def test_players_of_a_grid():
+    """9 players of 24 pixels are 8 x 8 each, from left to right and down; those of 10 pixels are 3 or 4 wide."""
+    player = m.players_of_grid(3, 24)
+    assert player.shape == (1, 24, 24) and player.flatten().bincount().tolist() == [64] * 9
+    assert player[0, 0, [0, 8, 16]].tolist() == [0, 1, 2] and player[0, [0, 8, 23], 0].tolist() == [0, 3, 6]
+    assert m.players_of_grid(3, 10).flatten().bincount().tolist() == [16, 12, 12, 12, 9, 9, 12, 9, 9]
+
+
+def test_vit_reads_names_of_timm(tmp_path):
+    """Every weight but the head's arrives; the head and another network's sizes do not."""
+    cfg = images(n_layer=2)
+    theirs, ours = m.Network(cfg, 5), m.Network(cfg, 2)
+    m.replace_file(tmp_path / "vit.safetensors", m.save(timm_names(theirs.state_dict())))
+    head = ours.head.weight.clone()
+    m.load_vit(ours, tmp_path / "vit.safetensors")
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, theirs.state_dict()[name]) if "head" not in name else True
+    assert torch.equal(ours.head.weight, head)
+
+
+@pytest.mark.peers
+def test_vit_equals_transformers(tmp_path):
+    """Its file as it saves it; features are its last hidden state of the first token."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    theirs = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=24, patch_size=8, layer_norm_eps=1e-6))
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    m.load_vit(net := m.Network(images(n_layer=2), 3), tmp_path / "model.safetensors")
+    x = torch.randn(4, 3, 24, 24)
+    with torch.no_grad():
+        wanted = theirs.eval()(x).last_hidden_state[:, 0]
+        assert (net.eval().features(x) - wanted).abs().max() < 1e-5 and wanted.std() > 0.1
+
+
+def test_images_from_weights_to_interactions(pictures, here, capsys):
+    """The pre-trained network is the file's, to the bit; the probe finds red and green; --explain reads the result."""
+    argv = [*SMOKE, "--task", "images", "--data", str(pictures), "--n-train", "20", "--seeds", "1"]
+    result = m.main([*argv, "--load", str(pictures / "vit.safetensors"), "--out", "o"])
+    assert result["metrics"]["related/20/probe"] > 0.9 and len(result["data_sha256"]) == 64
+    saved, file = load_file("o/w0-related.safetensors"), load_file(pictures / "vit.safetensors")
+    assert all(torch.equal(x, file[name]) for name, x in timm_names(saved).items() if "head" not in name)
+    assert load_file("o/games-w0-related-20.safetensors")["games"].shape == (3, 8, 512)
+    m.main([*argv, "--out", "o", "--explain", "7"])
+    assert "class" in capsys.readouterr().out and (here / "o/explain-7.png").exists()
+
+
+def test_wrong_pictures(pictures, rejects, tmp_path):
+    """Every line names the directory or the file, before anything is written."""
+    argv, load = [*SMOKE, "--task", "images", "--out", tmp_path / "o"], ["--load", pictures / "vit.safetensors"]
+    data, size = ["--data", pictures], ["--n-train", "20"]
+    rejects(m.main, [*argv, *load], "--data", "train/CLASS")
+    rejects(m.main, [*argv, *load, "--data", tmp_path], "--data", str(tmp_path))
+    rejects(m.main, [*argv, *load, *data, "--n-train", "41"], "--n-train 41", "40")
+    rejects(m.main, [*argv, *load, *data, *size, "--n-eval", "41"], "--n-eval 41", "40")
+    rejects(m.main, [*argv, *load, *data, *size, "--arms", "random"], "--arms random", "related")
+    rejects(m.main, [*argv, *load, *data, *size, "--image-size", "25"], "--image-size 25", "--patch 8")
+    rejects(m.main, [*argv, *data, *size], "--load")
+    shutil.copytree(pictures, mine := tmp_path / "mine")
+    (mine / "test/c").mkdir()
+    shutil.copy(mine / "test/a/0.png", mine / "test/c")
+    rejects(m.main, [*argv, *load, "--data", mine, *size], "test/c")
+    assert not (tmp_path / "o").exists()
+    for wrong in (tmp_path / "none.safetensors", mine / "test/a/0.png"):
+        rejects(m.main, [*argv, *data, *size, "--load", wrong], "--load", str(wrong), "timm")
+    rejects(m.main, [*argv, *data, *size, *load, "--n-layer", "2"], "--load", "--n-layer")
+    (tmp_path / "broken.jpg").write_text("text")
+    rejects(lambda argv: m.Images(images(), "related", 0).read(*argv), [tmp_path / "broken.jpg"], "broken.jpg", "not a picture")
 
 
 # ---------------------------------------------------------------- command line
@@ -625,36 +836,71 @@ def test_explain(smoke, here, capsys):
     assert any(" or " in name for name in again)
 
 
-MINE = """import torch
+MINE = """import numpy as np
+import torch
 def both():
     def net(x):
         return torch.stack([3 * x[:, 0] * x[:, 1] - 2 * x[:, 2] + x[:, 3], 0 * x[:, 0]], 1)
     return net, torch.tensor([0, 1, 2, -1]), torch.zeros(4)
+def module():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout(0.9))
+    return net, np.arange(4), np.zeros(4, np.float32)
 def wrong():
-    return None, torch.tensor([0, 2, 2, 2]), torch.zeros(4)
+    return both()[0], torch.tensor([0, 2, 2, 2]), torch.zeros(4)
+def halves():
+    return both()[0], torch.tensor([0.0, 1, 2, 3]), torch.zeros(4)
+def whole():
+    return both()[0], torch.tensor([0, 1, 2, 3]), torch.zeros(4, dtype=torch.long)
 def short():
     return None
+def broken():
+    return 1 / 0
+def narrow():
+    return lambda x: x[:, :3] @ torch.ones(4, 2), torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+def flat():
+    return lambda x: x[:, 0], torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+def single():
+    return lambda x: x[:, :1], torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+def nan():
+    return lambda x: x[:, :2] * torch.nan, torch.tensor([0, 1, 2, 3]), torch.zeros(4)
+def nan_if_masked():
+    return lambda x: x[:, :2] / x[:, 2:3], torch.tensor([0, 1, 2, 3]), torch.zeros(4)
 """
 
 
-def test_explain_a_callable(here, capsys, monkeypatch):
+def test_explain_a_callable(here, capsys):
     (here / "mine.py").write_text(MINE)
     np.save(here / "x.npy", np.ones(4))
     got = m.main(["--callable", "mine:both", "--explain", "x.npy", "--out", "here"])
     assert got == {"0 and 1": pytest.approx(3), "2": pytest.approx(-2)}
     assert "2 of 7 are above the noise" in capsys.readouterr().out and (here / "here" / "explain-x.png").exists()
+    got = m.main(["--callable", "mine:both", "--explain", "x.npy", "--out", "here", "--interactions", "and-or"])
+    assert got == {"0 and 1": pytest.approx(3, abs=0.01), "2": pytest.approx(-2, abs=0.01)}
+    m.main(["--callable", "mine:module", "--explain", "x.npy", "--out", "here"])  # no dropout: four players alone
+    assert "4 of 15 are above the noise" in capsys.readouterr().out
 
 
 def test_wrong_callables(rejects, tmp_path, monkeypatch):
+    """One line names the flag at fault: the user's function, what it returns, the file, or the model."""
     (tmp_path / "theirs.py").write_text(MINE)
+    (tmp_path / "typo.py").write_text("def f(:")
     monkeypatch.syspath_prepend(tmp_path)
     np.save(tmp_path / "x.npy", np.ones(4))
     np.save(tmp_path / "y.npy", np.ones(5))
     np.save(tmp_path / "z.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "complex.npy", np.ones(4, complex))
+    np.save(tmp_path / "text.npy", np.array(["a"] * 4))
+    (tmp_path / "empty.npy").write_bytes(b"")
     for name, file, words in (("no_module:f", "x", "--callable no_module"), ("theirs:none", "x", "--callable none"),
                               ("theirs:short", "x", "--callable (model,"), ("theirs:wrong", "x", "players integers"),
+                              ("theirs:halves", "x", "players integers"), ("theirs:whole", "x", "baseline int64"),
+                              ("theirs:broken", "x", "--callable ZeroDivisionError"), ("typo:f", "x", "SyntaxError"),
+                              ("theirs:narrow", "x", "--callable model (1, 4)"), ("theirs:flat", "x", "(1, C) classes"),
+                              ("theirs:single", "x", "two classes"), ("theirs:nan", "x", "finite logits"),
+                              ("theirs:nan_if_masked", "x", "--explain finite"),
                               ("theirs:both", "y", "--explain (5,) (4,)"), ("theirs:both", "z", "--explain .npy"),
-                              ("theirs:both", "none", "--explain none.npy")):
+                              ("theirs:both", "complex", "--explain real"), ("theirs:both", "text", "--explain .npy"),
+                              ("theirs:both", "empty", "--explain .npy"), ("theirs:both", "none", "none.npy")):
         rejects(m.main, ["--callable", name, "--explain", tmp_path / f"{file}.npy"], *words.split())
     rejects(m.main, ["--callable", "theirs", "--explain", "x.npy"], "--callable", "module:function")
     rejects(m.main, ["--callable", "theirs:both"], "--callable", "--explain")
@@ -666,6 +912,8 @@ def test_explain_needs_weights(rejects, tmp_path):
     rejects(m.main, [*SMOKE, "--explain", "0", "--load", tmp_path / "bad.safetensors"], "--load", "bad.safetensors")
     m.replace_file(tmp_path / "other.safetensors", m.export(torch.nn.Linear(2, 2)))
     rejects(m.main, [*SMOKE, "--explain", "0", "--load", tmp_path / "other.safetensors"], "--load", "other.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(vars(m.cli(m.Config, m.SCALES, [*SMOKE, "--noise", "0.5"]))))
+    rejects(m.main, [*SMOKE, "--explain", "0", "--load", tmp_path / "other.safetensors"], "--load", "noise 0.5")
 
 
 BAD = {
@@ -673,13 +921,13 @@ BAD = {
     "--scale huge": "huge smoke", "--dtype bfloat16": "bfloat16 float32", "--steps x": "--steps",
     "--arms related,": "--arms", "--seed -1": "--seed 0", "--n-train many": "--n-train many",
     "--kernels": "--kernels CUDA",
-    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --callable", "--explain 8": "--explain 8 7",
+    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --task images", "--explain 8": "--explain 8 7",
     "--explain x.npy": "--explain --callable", "--interactions or": "or and-or"}
 LIMITS = {  # settings of Config that it refuses
     "arms": ["", "related,related", "scratch", "related "], "n_train": ["5,50", "50,40", "50,50", "50,", "0"],
     "epochs": ["1,2", "0", "0,2,1", "40", "", "0,-1"], "n_players": [7, 17, 0], "tau": [1.0, -0.1, math.nan],
     "smoothing": [1.0], "noise": [-1.0, math.inf], "lr": [math.nan, -1.0], "lr_fine": [math.inf], "seed": [-1],
-    "weight_decay": [-0.1], "n_embd": [130, 0], "explain": ["32", "-1", "a"], "callable": ["a:b", "a"],
+    "weight_decay": [-0.1], "n_embd": [3, 0], "explain": ["32", "-1", "a"], "callable": ["a:b", "a"],
     **{name: [0, -1] for name in ("seeds", "n_eval", "n_test", "n_layer", "n_head", "steps", "batch_size",
                                   "batch_fine", "mask_batch", "log_every", "save_every")}}
 
@@ -700,7 +948,8 @@ def test_refused_settings(rejects, name):
 def test_refused_combinations(rejects):
     for words, changes in {"--n-players 9 tiles": dict(task="tiles", n_players=9),
                            "--n-players 8 shapes 9, 16": dict(task="shapes"),
-                           "--n-embd 128 --n-head 3": dict(n_head=3)}.items():
+                           "--n-embd 128 --n-head 3": dict(n_head=3, arch="transformer"),
+                           "--load --explain": dict(load="x")}.items():
         rejects(lambda argv: m.Config(**changes), [], *words.split())
 
 
@@ -730,7 +979,9 @@ def test_dry_run_prints_and_creates_nothing(here, capsys):
     after = 20 * 40 * sum(math.ceil(n / 16) for n in (50, 150, 400, 1600))
     assert f"{parameters:,} parameters" in text and f"{15 * 2500:,} of pre-training, {after:,} downstream" in text
     assert f"{80 * 13 * 32 * 256:,} masked forwards" in text and "H100" in text
-    m.main(["--scale", "paper", "--dry-run"])
+    m.main(["--scale", "paper", "--task", "images", "--dry-run"])  # ViT-S/16 with 1,000 classes: 22.05 M
+    assert "21,666,434 parameters" in capsys.readouterr().out
+    m.main(["--scale", "paper", "--task", "images", "--n-embd", "768", "--n-head", "12", "--dry-run"])
     assert "GiB" in capsys.readouterr().out and list(here.rglob("*")) == []
 
 
