@@ -4,8 +4,50 @@
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""rise.py: DOCSTRING
-arXiv Differences Copy out:
+"""rise.py: Subtle Errors Matter: Preference Learning via Error-injected Self-editing (RISE)
+Xu, Yu, Hou, Cheng, Leong, Li, Jiang, Shang, Liu, Li, ACL 2025, arXiv 2410.06638
+
+Most wrong solutions go wrong in one small place. RISE lets a model put such an error into a step of its own right
+solution, and trains it by DPO to prefer the step that it had, beside pairs of whole right and wrong samples.
+
+  python rise.py                 # a tiny model that is taught first: arms, claims and an audit of the edits
+  python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
+  python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # a chat model, LoRA
+  ... --endpoint https://host/v1 --endpoint-model NAME    # samples and edits from there, training here
+  torchrun --nproc-per-node 8 rise.py ... --lora-rank 0 --resume    # after --until pairs; then once more without it
+
+Symbols (B pairs, R rows of a pair, L tokens of a row, M tokens of a side)
+  paper         code           shape       meaning
+  x, s_<i       question, before           context of a step: the question and the right steps before
+  s_i, s~_i     chosen, rejected           a step and its edit; for whole solutions y+ and y-
+  LD, alpha     levenshtein, edit_alpha    Eq. 1: an edit is kept below this distance
+  log pi        logp, ref      (B, 2)      of both sides, summed over their tokens: policy, starting model
+  m             margin         (B,)        gain of the chosen side less that of the rejected one
+  r             gain[:, 0]     (B,)        gain of the chosen side; NLL acts where it is below 0
+  K, N          k, num_edits               samples of a problem, edited pairs of a problem
+
+Stages, JSONL in OUT/b0: samples, edits (every step, with the reason if it was dropped), pairs. Finished problems are
+never asked again.
+
+Differences from the paper, of which the official code and summaries were at hand, not the text
+  world       generated problems with an exact verifier in place of GSM8K and MATH, and of GPT-4o as judge of errors.
+              Longer problems and rare words are in the tiny model's pre-training, not in its pairs.
+  model       a tiny decoder in place of an instruct model, stopped at --base-accuracy. A fifth of its pre-training is
+              edits made by rule, so its style of editing is taught; the values are its own, drawn at temperature 1.
+  filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
+              code: neither filter nor check). Words that give an edit away are a shorter list.
+  NLL         lambda is not known: 0.2, by token, gated as later notes say (the official script has none).
+  answers     exact rationals that the text states, no LaTeX; nothing is taken out of the rejected side, as the
+              official code does with boxes. The line of the answer is no step and is not edited.
+  ends        the end is a token of whole solutions only (official code: of none). Pairs that are too long are dropped
+              instead of cut, for both sides might become the same.
+  evaluation  the plain prompt, as in the official code; greedy. Problems whose number ends in 9 are held out.
+  equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Arms A to F have one
+              learning rate. E changes as many words as the edit did, numbers by numbers. F needs the verifier.
+  endpoint    has no lead: it is asked for the format instead.
+  left out    MATH's answers, AQuA, logic and code tasks, sampled accuracy, edits verified to be wrong as an arm.
+
+Copy out: rise_loss, PairLogp with collate, levenshtein, split_steps, filter_edit, Lora
 """
 
 import argparse
@@ -164,9 +206,9 @@ ARMS = {  # kinds of pairs, one full and num_edits others for each problem
 REAL = dict(bases=1, seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95,
             edit_temp=0.0, part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=2, n_embd=32, base_steps=100, base_batch=64, base_lr=1e-2, base_every=50, base_accuracy=1.0,
-                  n_problems=80, n_dev=20, n_test=20, k=8, max_new=50, edit_alpha=20, steps=4, batch_size=8, seeds=1,
-                  part=40, log_every=2, save_every=2, warmup_steps=1, arms=",".join("01ABCDEF")),
+    "smoke": dict(n_layer=1, n_embd=32, base_steps=60, base_batch=24, base_lr=2e-2, base_every=60, base_accuracy=1.0,
+                  n_problems=60, n_dev=6, n_test=6, k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6,
+                  seeds=1, part=60, log_every=5, save_every=10, warmup_steps=1, arms="0,1,A,C,D,E"),
     "small": {},
     "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, warmup_steps=14,
                  arms=",".join("01ABCDEF")),
@@ -869,7 +911,7 @@ def pair_logp(net, pairs, device, chunk=64):
     return torch.cat(found) if found else torch.zeros(0, 2)
 
 
-def evaluate(cfg, local, net, sets, held, device):
+def evaluate(local, net, sets, held, device):
     """What one policy does: right answers (N,) of each set, errors by type on the test set, held-out pairs (P, 2)."""
     found = dict(correct={}, errors={})
     for name, problems in sets.items():
@@ -1388,13 +1430,13 @@ class Chat:
         if path.exists():
             return json.loads(path.read_text("utf-8"))
         wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
-        with self.http.post(self.url, json=payload | dict(model=self.model), **wait) as got:
-            if got.status_code != 200:
-                raise requests.HTTPError(f"status {got.status_code}")
-            for part in got.iter_content(2**14):
-                body += part
-                if len(body) > self.most_bytes or time.monotonic() > end:
-                    return None
+        got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
+        if got.status_code != 200:
+            raise requests.HTTPError(f"status {got.status_code}")
+        for part in got.iter_content(2**14):
+            body += part
+            if len(body) > self.most_bytes or time.monotonic() > end:
+                return got.close()
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError), self.lock:
             reply = json.loads(body)
             text = "" + reply["choices"][0]["message"]["content"]  # TypeError unless it is text
@@ -1635,16 +1677,14 @@ def prepare(cfg, run, b, net, tok, rows):
     """{(id, kind, place): tokens} of all pairs that can be trained on, their reference log-probabilities (P, 2), which
     are computed once, and counts of those that cannot."""
     tokens, drops, path = {}, Counter(), run.out / f"b{b}" / "reference.safetensors"
-    for row in rows:
-        for kind in KINDS:
-            for i, pair in enumerate(row[kind]):
-                context, chosen, rejected = tokens_of(tok, row["question"], pair)
-                reason = "same tokens" * (chosen == rejected) or "empty" * (not (chosen and rejected))
-                if len(context) + len(chosen) + len(rejected) > cfg.max_len:
-                    reason = "too long"  # cut, both sides might be the same
-                drops[f"dropped/pair: {reason}"] += bool(reason)
-                if not reason:
-                    tokens[row["id"], kind, i] = context, chosen, rejected
+    for row, kind, i in ((row, kind, i) for row in rows for kind in KINDS for i in range(len(row[kind]))):
+        context, chosen, rejected = tokens_of(tok, row["question"], row[kind][i])
+        reason = "same tokens" * (chosen == rejected) or "empty" * (not (chosen and rejected))
+        if len(context) + len(chosen) + len(rejected) > cfg.max_len:
+            reason = "too long"  # cut, both sides might be the same
+        drops[f"dropped/pair: {reason}"] += bool(reason)
+        if not reason:
+            tokens[row["id"], kind, i] = context, chosen, rejected
     if not path.exists():
         if run.world > 1:
             fail(f"{path} is missing: run the same command without torchrun and with --until pairs first")

@@ -8,10 +8,8 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,7 +117,8 @@ def test_t9_corruptions_are_of_their_own_type():
     ("12 + 7 - 4 =", "FORMAT"), ("", "FORMAT")])
 def test_judge_step(text, wanted):
     assert m.judge_step(((12, 7, 4), ("+", "-"), 15), f" {text}\n") == wanted
-    assert m.judge_step(((21, 2), ("*",), 42), " 2 * 21 = 42") == "" != m.judge_step(((21, 2), ("*",), 42), "21 + 2 = 23")
+    double = (21, 2), ("*",), 42
+    assert m.judge_step(double, " 2 * 21 = 42") == "" and m.judge_step(double, "21 + 2 = 23") == "SYMBOL"
 
 
 def test_verify_whole_solutions():
@@ -142,16 +141,18 @@ def test_numbers_are_exact(text, wanted):
 
 def test_answers():
     """The last number that is stated as an answer; exponents and numbers that are too long are none."""
-    for text in ("Answer: 7", "so\n#### 7", "The answer is 7.", r"\boxed{7}", "Answer : 1\nAnswer : $14/2", "answer: 7.0"):
+    for text in ("Answer: 7", "so\n#### 7", "The answer is 7.", r"\boxed{7}", "Answer : 1\nAnswer : $14/2",
+                 "answer: 7.0"):
         assert m.is_correct(text, "7"), text
-    for text in ("", "7", "Answer:", "Answer: 7e2", "Answer: 70", "Answer: 7/0", "Answer: " + "7" * 40, "Answer: 7\nAnswer: 8",
-                 "Answer: 7.5", "Answer: 7^2", "Answer: 7,5"):
+    for text in ("", "7", "Answer:", "Answer: 7e2", "Answer: 70", "Answer: 7/0", "Answer: " + "7" * 40,
+                 "Answer: 7\nAnswer: 8", "Answer: 7.5", "Answer: 7^2", "Answer: 7,5"):
         assert not m.is_correct(text, "7"), text
     assert m.is_correct("Answer: 1,000", "1000") and m.is_correct("Answer: 0.50", "1/2")
 
 
 # ---------------------------------------------------------------- steps, edits, filters
-TEXTS = ["Step 1 : 1 + 2 = 3\nStep 2 : 3 * 2 = 6\nAnswer : 6", "So.\nStep 1: as in Step 2: this\n\nStep 2:x\nAnswer: 5\n",
+TEXTS = ["Step 1 : 1 + 2 = 3\nStep 2 : 3 * 2 = 6\nAnswer : 6",
+         "So.\nStep 1: as in Step 2: this\n\nStep 2:x\nAnswer: 5\n",
          "no steps", "", "Step 1:", "\nStep 10 :  a\r\nStep 11: b"]
 
 
@@ -178,7 +179,7 @@ def test_t8_edits_are_applied_once_and_in_place():
     assert first["edited"] == " a = 2. b = 5. c = 5. d = 5. e = 5.\n" and first["drop"] == ""
     assert seen[0][2:] == ("Step 1: a = 2. ", "b = 2. c = 2. d = 2. e = 2.")
     assert second["before"] == text[: text.index("Step 2:") + 7] and second["edited"] == "  1 + 5 = 3\n\n"
-    assert made == m.edit_problems(m.Config(edit_alpha=20), Backend(), rows, 0)  # what is drawn depends on the key alone
+    assert made == m.edit_problems(m.Config(edit_alpha=20), Backend(), rows, 0)  # by the key alone
 
 
 def test_admissible_instructions():
@@ -216,7 +217,8 @@ def test_eq_1_and_the_other_filters():
     assert check("12 + 8 = 20") == "" and check("12 + 8 = 20", 2) == "too far" and check(None) == "not parsed"
     assert check("12  + 7 = 19") == "unchanged" and check("12 + 7 = 19 (wrong)", 99) == "gives it away"
     assert check("12 + 7 = 19 (Wrong)", 99, "which is wrong ?") == "" and check("12 + 7 = 18 python") == "gives it away"
-    assert m.parse_edit("Edited:\n```\nStep 3: 1 = 2\n``` ok ```x```") == "1 = 2" and m.parse_edit("```12 = 3```") == "12 = 3"
+    assert m.parse_edit("Edited:\n```\nStep 3: 1 = 2\n``` ok ```x```") == "1 = 2"
+    assert m.parse_edit("```12 = 3```") == "12 = 3"
     assert [m.parse_edit(x) for x in ("", "1 = 2", "```\n1 = 2", "```\n\n```")] == [None] * 4
 
 
@@ -250,7 +252,8 @@ def test_t1_at_the_reference():
 def test_t2_swapping_the_sides():
     """T2: -log s(-z) = -log s(z) + z, and the margin changes its sign."""
     logp, ref, count = sums()
-    (loss, margin), (swapped, other) = (m.rise_loss(x, r, count, 0.4, 0) for x, r in ((logp, ref), (logp.flip(1), ref.flip(1))))
+    loss, margin = m.rise_loss(logp, ref, count, 0.4, 0)
+    swapped, other = m.rise_loss(logp.flip(1), ref.flip(1), count, 0.4, 0)
     assert torch.allclose(swapped, loss + 0.4 * margin) and torch.equal(other, -margin)
 
 
@@ -275,7 +278,8 @@ def test_t6_the_loss_by_hand():
     gated, always = (m.rise_loss(logp, ref, count, 0.4, 0.3, gate)[0] for gate in ("ref", "none"))
     for i in range(40):
         extra = 0.3 * -logp[i, 0] / count[i]
-        assert math.isclose(always[i], plain[i] + extra) and math.isclose(gated[i], plain[i] + extra * (logp[i, 0] < ref[i, 0]))
+        assert math.isclose(always[i], plain[i] + extra)
+        assert math.isclose(gated[i], plain[i] + extra * (logp[i, 0] < ref[i, 0]))
     assert 0 < (gated != plain).sum() < 40
     assert torch.allclose(m.rft_loss(logp, ref, count)[0], -logp[:, 0] / count)
 
@@ -306,8 +310,9 @@ def test_loss_is_that_of_trl():
     trl = pytest.importorskip("trl")
     logp, ref, count = sums()
     ours, theirs = (logp.clone().requires_grad_() for _ in range(2))
-    stub = SimpleNamespace(beta=0.4, loss_type=["sigmoid"], label_smoothing=0.0, reference_free=False, f_divergence_type="reverse_kl",
-                           f_divergence_params=None, accelerator=SimpleNamespace(device="cpu"), use_weighting=False)
+    stub = SimpleNamespace(beta=0.4, loss_type=["sigmoid"], label_smoothing=0.0, reference_free=False,
+                           f_divergence_type="reverse_kl", f_divergence_params=None, use_weighting=False,
+                           accelerator=SimpleNamespace(device="cpu"))
     losses, *_ = trl.DPOTrainer.dpo_loss(stub, theirs[:, 0], theirs[:, 1], ref[:, 0], ref[:, 1])
     loss = m.rise_loss(ours, ref, count, 0.4, 0)[0]
     loss.sum().backward()
@@ -383,7 +388,8 @@ def test_token_logp_and_its_kernel_layout(monkeypatch):
     found = m.PairLogp(model, kernels=True)(**m.collate(pairs))
     assert torch.allclose(found, m.PairLogp(model)(**m.collate(pairs)))
     (h, w, target), = seen
-    assert h == (sum(len(a) + len(b) for _, a, b in pairs), 16) and w == model.embed_tokens.weight.shape and target.min() >= 0
+    assert h == (sum(len(a) + len(b) for _, a, b in pairs), 16) and target.min() >= 0
+    assert w == model.embed_tokens.weight.shape
 
 
 def test_lora():
@@ -398,3 +404,404 @@ def test_lora():
     layer.b.data = torch.randn_like(layer.b)
     h = torch.randn(4, 16)
     assert torch.allclose(layer(h), h @ (layer.linear.weight + 2 * layer.b @ layer.a).T, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the chain, with planted samples
+TINY = "--scale smoke --n-problems 24 --k 4 --part 8 --n-embd 16 --n-test 4 --n-dev 2 --steps 2 --batch-size 4".split()
+
+
+def planted_sample(program, rng):
+    """A right solution, or one with an error in a step and another answer, or one without any answer."""
+    text, i = m.gold_solution(program), rng.randrange(len(program[1]))
+    step = m.gold_steps(program)[i]
+    wrong = m.corrupt("multi_value", step, rng) or m.write_step(*step)
+    broken = re.sub(r"Answer : \d+", "Answer : 77", text.replace(m.write_step(*step), wrong, 1))
+    return rng.choice([text, text, broken, broken, "Step 1 : hm"])
+
+
+def planted_edit(text, rng):
+    """A wrong result in a fence, or a reply that must be dropped."""
+    wrong = re.sub(r"\d+$", lambda n: str((int(n[0]) + 1) % 100), text)
+    return rng.choice([f"```\n{wrong}\n```"] * 5 + [wrong, f"```{text}```", "```this is wrong : 1```"])
+
+
+@pytest.fixture
+def planted(monkeypatch, here):
+    """A base with random weights whose samples and edits are planted; `programs`: question to program."""
+    programs, make = {}, m.make_problems
+
+    def make_problems(*args, **options):
+        rows = make(*args, **options)
+        programs.update({row["question"]: row["program"] for row in rows})
+        return rows
+
+    def sample(self, questions, k, key):
+        rng = m.random_of("planted", key)
+        return [[planted_sample(programs[question], rng) for _ in range(k)] for question in questions]
+
+    def edit(self, requests, key):
+        rng = m.random_of("planted", key)
+        return [planted_edit(text, rng) for *_, text in requests]
+
+    def solve(self, questions):
+        return [text for text, in sample(self, questions, 1, "solve")]
+
+    monkeypatch.setattr(m, "make_problems", make_problems)
+    monkeypatch.setattr(m.Local, "solve", solve)
+    monkeypatch.setattr(m.Local, "sample", sample)
+    monkeypatch.setattr(m.Local, "edit", edit)
+    monkeypatch.setattr(m, "train_base", lambda cfg, *_: m.Decoder(m.tiny_shape(cfg)))
+    return programs
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stages(out):
+    return {name: (out / "b0" / f"{name}.jsonl").read_bytes() for name in ("samples", "edits", "pairs")}
+
+
+def weights(out):
+    return {path.name: path.read_bytes() for path in sorted((out / "b0").glob("*.safetensors"))}
+
+
+def test_t10_t11_the_whole_chain(planted, here, capsys):
+    """T11: counts by hand from the files; no test problem in a pair; the cached reference is what one computes (T10);
+    equal presentations; every arm trained; nothing claimed at smoke scale."""
+    result = m.main([*TINY, "--arms", "0,1,A,B,C,D,E,F", "--out", "x"])
+    out, found = here / "x", result["metrics"]
+    rows = {name: {row["id"]: row for row in read(out / "b0" / f"{name}.jsonl")} for name in stages(out)}
+    assert len(rows["samples"]) == 24 and result["claims"] == []
+    mixed = 0
+    for i, row in rows["samples"].items():
+        for s in row["samples"]:
+            assert s["correct"] == (s["text"] == m.gold_solution(planted[row["question"]]))
+        mixed += len({s["correct"] for s in row["samples"]}) == 2
+        assert (i in rows["pairs"]) == (len({s["correct"] for s in row["samples"]}) == 2)
+    assert found["problems/mixed"] == mixed / 24 and found["samples/right"] == np.mean(
+        [s["correct"] for row in rows["samples"].values() for s in row["samples"]])
+    assert sum(found.get(f"dropped/problem: no {kind} sample", 0) for kind in ("wrong", "correct")) == 24 - mixed
+    steps = [step for row in rows["edits"].values() for step in row["steps"]]
+    assert found["edits/asked"] == len(steps) == sum(len(planted[row["question"]][1]) for row in rows["pairs"].values())
+    for reason in ("not parsed", "unchanged", "gives it away"):
+        assert found[f"dropped/edit: {reason}"] == sum(step["drop"] == reason for step in steps) > 0
+    assert sum(len(row["edit"]) for row in rows["pairs"].values()) == sum(not step["drop"] for step in steps)
+    assert found["edits/still right"] == 0
+    tests = {x["question"] for part in m.load_sets(m.cli(m.Config, m.SCALES, TINY))[1].values() for x in part}
+    assert not tests & {row["question"] for row in rows["samples"].values()}
+    for row in rows["pairs"].values():
+        text = rows["edits"][row["id"]]["steps"]
+        for pair in row["edit"] + row["random"]:
+            assert any(step["before"] == pair["before"] and step["step"] == pair["chosen"] for step in text)
+            assert m.gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
+            assert pair["chosen"] != pair["rejected"] and not pair["end"]
+        for pair in row["oracle"]:  # the first wrong step behind right ones
+            assert m.gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
+            assert any((pair["before"] + pair["rejected"]) in s["text"] for s in rows["samples"][row["id"]]["samples"])
+    net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
+    kept = [row for row in rows["pairs"].values() if row["edit"]]
+    tokens, ref, _ = m.prepare(m.Config(), a_run(out), 0, net, m.tiny_words(), kept)
+    assert torch.allclose(torch.stack(list(ref.values())), m.pair_logp(net, list(tokens.values()), "cpu"), atol=1e-5)
+    assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
+    assert len(set(weights(out).values())) == len(weights(out))
+    assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
+    assert "shared contexts save" in capsys.readouterr().out
+
+
+def test_a_stage_goes_on_where_it_was_cut(planted, here):
+    """What a kill leaves of a file, cut anywhere, is completed to the same bytes; finished items are not made again."""
+    m.main([*TINY, "--until", "pairs", "--out", "x"])
+    whole, asked = stages(here / "x"), []
+    rng, sample = random.Random(0), m.Local.sample
+    m.Local.sample = lambda self, questions, k, key: asked.append(len(questions)) or sample(self, questions, k, key)
+    try:
+        for name, content in whole.items():
+            (here / "x" / "b0" / f"{name}.jsonl").write_bytes(content[: rng.randrange(len(content))])
+        m.main([*TINY, "--until", "pairs", "--out", "x", "--resume"])
+    finally:
+        m.Local.sample = sample
+    assert stages(here / "x") == whole and sum(asked) < 24
+    result = m.main([*TINY, "--out", "x", "--resume"])
+    assert stages(here / "x") == whole and result["metrics"]["C/test"] >= 0
+
+
+def test_training_goes_on_after_ctrl_c(planted, here, monkeypatch, capsys):
+    """Stopped in a stage, then in an arm, and continued: the same files and numbers as in one go."""
+    argv = [*TINY, "--arms", "0,A,C"]
+    whole = m.main([*argv, "--out", "whole"])
+    for stop in (2, 9):
+        calls = itertools.count(1)
+        monkeypatch.setattr(m, "should_stop", lambda run: next(calls) == stop)
+        with pytest.raises(SystemExit) as end:
+            m.main([*argv, "--out", "x", *["--resume"] * (stop == 9)])
+        assert end.value.code == 130 and "--resume" in capsys.readouterr().out
+    monkeypatch.setattr(m, "should_stop", lambda run: False)
+    again = m.main([*argv, "--out", "x", "--resume"])
+    assert stages(here / "x") == stages(here / "whole") and weights(here / "x") == weights(here / "whole")
+    assert again["metrics"] == whole["metrics"]
+
+
+def test_micro_batches_give_the_same_weights(planted, here):
+    """A batch of 4 in parts of 1 and 3; the same seed of pairs: weights to rounding."""
+    argv = [*TINY, "--arms", "C", "--dtype", "float32"]
+    for name, size in (("one", 0), ("parts", 3)):
+        m.main([*argv, "--micro-batch", str(size), "--out", name])
+    one, parts = (m.load_file(here / name / "b0" / "C-s0.safetensors") for name in ("one", "parts"))
+    assert all(torch.allclose(one[key], parts[key], atol=1e-5) for key in one)
+
+
+def test_an_arm_learns_what_its_pairs_say(tmp_path):
+    """Chosen sides of even tokens, rejected ones of odd: the margin of new pairs rises; with the sides swapped, which
+    would pass if the loss ignored them, it falls. Without NLL the chosen side loses probability."""
+    def pairs(seed):
+        return [(c, [2 * (t // 2) for t in a], [2 * (t // 2) + 1 for t in b]) for c, a, b in token_pairs(40, seed)]
+
+    cfg, margin, chosen = m.Config(steps=12, batch_size=16, lr=3e-3, log_every=99, seeds=1), {}, {}
+    for name, arm in (("right", "C"), ("swapped", "C"), ("dpo", "D")):
+        net = m.PairLogp(network(torch.float32))
+        fit = [(c, b, a) for c, a, b in pairs(0)] if name == "swapped" else pairs(0)
+        before = m.pair_logp(net, pairs(1), "cpu")
+        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(net, fit, "cpu"), 0, dict(done={}))
+        gain = m.pair_logp(net, pairs(1), "cpu") - before
+        margin[name], chosen[name] = (gain[:, 0] - gain[:, 1]).mean(), gain[:, 0].mean()
+    assert margin["right"] > 2 and margin["dpo"] > 2 and margin["swapped"] < -2
+    assert chosen["right"] >= chosen["dpo"]
+
+
+def test_arms_see_each_problem_equally_often():
+    rows = [dict(id=i, full=[0] * 3, edit=[0] * 4, random=[0] * 4, oracle=[0]) for i in range(2)]
+    for n in (1, 2):
+        cfg = m.Config(num_edits=n)
+        found = {arm: m.pairs_of_arm(cfg, arm, rows) for arm in "1ABCDEF"}
+        assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDE") and found["C"] == found["D"]
+        assert found["C"][: n + 1] == [(0, "full", 0), *((0, "edit", i) for i in range(n))]
+        assert {kind for _, kind, _ in found["E"]} == {"full", "random"} and {k for _, k, _ in found["A"]} == {"full"}
+    order = m.presentation(5, 23, "key")
+    assert len(order) == 23 and all(sorted(order[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
+    assert order != m.presentation(5, 23, "other") and order == m.presentation(5, 23, "key")
+
+
+def test_ends_are_tokens_of_whole_solutions_only():
+    tok = m.tiny_words()
+    pair = dict(before="Step 1 :", chosen=" 1 + 2 = 3\n", rejected=" 1 + 2 = 4\n", end=False)
+    context, chosen, rejected = m.tokens_of(tok, "ana has 1 pens", pair)
+    assert context == tok.solve_prompt("ana has 1 pens") + tok.encode("Step 1 :")
+    assert tok.decode(chosen) == "1 + 2 = 3\n"
+    assert m.tokens_of(tok, "", pair | dict(end=True))[1:] == (chosen + tok.stop, rejected + tok.stop)
+
+
+def test_text_is_no_control_token():
+    """Words that stand for the end, a request or an edit are dropped from texts."""
+    tok = m.tiny_words()
+    assert tok.encode("<eos> | => <swap> ana") == tok.encode("ana") and tok.encode("no such words") == []
+
+
+def test_select():
+    """One right and one wrong sample, each as likely; texts that talk of errors are no chosen side."""
+    def row(*samples):
+        return dict(question="q", samples=[dict(text=t, correct=c) for t, c in samples])
+
+    rng = random.Random(0)
+    assert m.select(row(("a", True)), rng) == ([], "no wrong sample")
+    assert m.select(row(("a", False), (None, False)), rng) == ([], "no correct sample")
+    assert m.select(row(("a mistake", True), ("b", False)), rng) == ([], "talks of errors")
+    drawn = [m.select(row(("a", True), ("b", True), ("c", False), ("d", False)), rng)[0][0] for _ in range(200)]
+    assert {pair: drawn.count(pair) > 25 for pair in set(drawn)} == dict.fromkeys(itertools.product("ab", "cd"), True)
+
+
+# ---------------------------------------------------------------- statistics and verdicts
+def test_bootstrap():
+    """Covers the mean of known noise in nearly 95 of 100 cases; runs of one base are one draw."""
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(60):
+        mean, (low, high) = m.bootstrap(rng.normal(0.5, 1, (1, 1, 200)), 300)
+        hits += low <= 0.5 <= high
+    assert hits >= 51
+    shift = np.array([0.0, 1.0])[:, None, None] + np.zeros((2, 4, 50))
+    assert m.bootstrap(shift)[1] == (0.0, 1.0) and m.bootstrap(np.ones((1, 2, 9))) == (1.0, (1.0, 1.0))
+
+
+def evaluation(right, types=(), chosen=0.0):
+    wrong = {kind: torch.tensor([kind in types] * 40) for kind in m.TYPES}
+    return dict(correct=dict(test=torch.tensor([i < right for i in range(40)])), errors=wrong,
+                held={kind: torch.full((3, 2), chosen) for kind in ("full", "edit")})
+
+
+def test_claims_and_verdicts():
+    """Signs of all statistics, and the three outcomes."""
+    ref = dict(b0={kind: torch.zeros(3, 2) for kind in ("full", "edit")})
+    done = {"b0/0": [evaluation(10)], "b0/1": [evaluation(12)] * 2, "b0/A": [evaluation(20, ["CALC"])] * 2,
+            "b0/C": [evaluation(30, ["INTER"], 1.0)] * 2, "b0/D": [evaluation(30, (), -2.0)] * 2,
+            "b0/E": [evaluation(40)] * 2}
+    found = m.statistics(done, ref)
+    assert {name: round(float(x), 6) for name, (x, _) in found.items()} == {
+        "rise-beats-dpo": 0.25, "edits-beat-random": -0.25, "fewer-subtle-errors": 1.0, "dpo-beats-base": 0.25,
+        "rise-beats-rft": 0.45, "without-nll-chosen-falls": 2.0, "with-nll-chosen-stays": 1.0}
+    verdicts = {name: m.verdict(*found[name], 0.0) for name in found}
+    assert verdicts["rise-beats-dpo"] == "HOLDS" and verdicts["edits-beat-random"] == "DOES NOT HOLD"
+    done["b0/A"], done["b0/E"] = [evaluation(30), evaluation(29)], []
+    found = m.statistics(done, ref)
+    assert m.verdict(*found["rise-beats-dpo"], 0.0) == "INCONCLUSIVE" and "edits-beat-random" not in found
+
+
+# ---------------------------------------------------------------- endpoint
+@pytest.fixture
+def chat(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-a-test\n")
+    server = FakeChat(lambda payload: "re: " + payload["messages"][-1]["content"])
+    yield server
+    server.close()
+
+
+def ask(client, *texts, index=0):
+    return client.ask([(dict(messages=[dict(role="user", content=text)]), index) for text in texts])
+
+
+def test_chat_retries_caches_and_counts(chat, tmp_path):
+    chat.faults += [500, 429]
+    client = m.Chat(chat.url, "name", tmp_path, workers=1)
+    assert ask(client, "a", "b") == ["re: a", "re: b"] and len(chat.seen) == 4 and client.tokens == 14
+    assert ask(client, "b", "a") == ["re: b", "re: a"] and len(chat.seen) == 4
+    assert ask(client, "a", index=1) == ["re: a"] and len(chat.seen) == 5  # another sample is another request
+    assert ask(m.Chat(chat.url, "other", tmp_path), "a") == ["re: a"] and len(chat.seen) == 6
+    payload, headers = chat.seen[0]
+    assert payload["model"] == "name" and headers["Authorization"] == "Bearer sk-secret-of-a-test"
+    assert "secret" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    assert "Authorization" not in m.Chat("http://example.com/v1", "name", tmp_path).http.headers
+    assert "Authorization" in m.Chat("https://example.com/v1", "name", tmp_path).http.headers
+
+
+@pytest.mark.parametrize("fault", [b"", b"[]", b"{}", b'{"choices": []}', "huge",
+                                   b'{"choices": [{"message": {"content": 3}}]}'])
+def test_malformed_replies_are_none(chat, tmp_path, fault):
+    chat.faults += [fault]
+    client = m.Chat(chat.url, "name", tmp_path, workers=1)
+    assert ask(client, "a", "b") == [None, "re: b"] and len(list(tmp_path.iterdir())) == 1
+    assert ask(client, "a") == ["re: a"]  # it was not kept
+
+
+@pytest.mark.parametrize("fault, words", [(404, "404"), (302, "302"), ("cut", "Chunked"), ("slow", "")])
+def test_an_endpoint_that_fails_ends_in_one_line(chat, tmp_path, fault, words, capsys):
+    chat.faults += [fault]
+    client = m.Chat(chat.url, "name", tmp_path, workers=1, deadline=0.5)
+    with pytest.raises(SystemExit) as stop:
+        assert ask(client, "a") != [None]
+        raise SystemExit(2)  # a slow body may also end as no reply
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and "secret" not in err
+
+
+def test_wrong_endpoints(rejects, tmp_path):
+    for url in ("ftp://host", "https://user:pw@host/v1", "http://host/v1?key=1", "host"):
+        rejects(lambda argv: m.Chat(url, "name", tmp_path), [], "endpoint", "https://host/v1")
+
+
+def test_t12_endpoint_and_local_give_the_same_rows(chat, tmp_path):
+    """T12: for scripted replies the JSONL of both back-ends is one; a malformed reply is a dropped item."""
+    rows = problems(4)
+    answers = {m.SOLVE.format(x["question"]): m.gold_solution(x["program"]) for x in rows}
+    chat.answer = lambda payload: answers.get(payload["messages"][0]["content"], "```\n1 + 1 = 3\n```")
+
+    class Scripted:
+        def sample(self, questions, k, key):
+            return [[answers[m.SOLVE.format(q)]] * k for q in questions]
+
+        def edit(self, requests, key):
+            return ["```\n1 + 1 = 3\n```"] * len(requests)
+
+    cfg = m.Config()
+    remote, made = m.Remote(cfg, m.Chat(chat.url, "name", tmp_path)), {}
+    for name, backend in (("local", Scripted()), ("remote", remote)):
+        samples = m.sample_problems(cfg, backend, rows, 0)
+        edits = m.edit_problems(cfg, backend, [x | dict(chosen=x["samples"][0]["text"]) for x in samples], 0)
+        made[name] = json.dumps([samples, edits])
+    assert made["local"] == made["remote"] and len(chat.seen) == 4 * 5 + len(re.findall('"kind"', made["local"]))
+    chat.faults += [b"no json"]
+    backend = m.Remote(cfg, m.Chat(chat.url, "new", tmp_path, workers=1))
+    sample, = m.sample_problems(m.Config(k=2), backend, rows[:1], 0)
+    assert [s["correct"] for s in sample["samples"]] == [False, True] and sample["samples"][0]["text"] is None
+
+
+# ---------------------------------------------------------------- command line
+def test_smoke(smoke):
+    run = smoke("rise")
+    assert run.result["metrics"]["edits/asked"] > 0 and run.result["claims"] == []
+    assert {f"{arm}/test" for arm in "01ACDE"} < set(run.result["metrics"])
+    names = {"config.json", "log.jsonl", "plot.png", "result.json", "state.pt", "b0"}
+    assert names == {p.name for p in run.out.iterdir()}
+
+
+def test_kill_and_resume(kill_and_resume):
+    kill_and_resume("rise")
+
+
+BAD = {
+    "--colour red": "--colour -h", "--ste 5": "--ste", "--task chess": "chess chain", "--scale huge": "huge smoke",
+    "--arms C,": "--arms", "--arms C,C": "--arms", "--seed -1": "--seed 0", "--k 1": "--k 2", "--steps 0": "--steps 1",
+    "--top-p 1.5": "--top-p", "--lr nan": "--lr", "--n-embd 30": "--n-embd --n-head", "--kernels": "--kernels CUDA",
+    "--device cuda": "--device cuda", "--model x": "--task math", "--task math": "--model --data", "--nll -1": "--nll",
+    "--scale paper": "--scale paper --task math", "--base-accuracy 2": "1.0",
+    "--endpoint http://h": "--endpoint --task math",
+    "--task math --model x --data no.jsonl": "no.jsonl", "--task math --model x --data y --arms F": "F verifier",
+    "--task math --model x --data y --endpoint http://h/v1": "--endpoint-model"}
+
+
+@pytest.mark.parametrize("argv, words", BAD.items(), ids=list(BAD))
+def test_wrong_flags(rejects, argv, words):
+    rejects(m.main, [*SMOKE, *argv.split()], *words.split())
+
+
+def test_wrong_data(rejects, tmp_path):
+    for text, words in (("", "no problems"), ("{", "line 1"), ('{"question": "q"}', "answer"), ("[]", "JSON object"),
+                        ('{"question": "q", "answer": "1e9"}', "number"), ('{"question": 1, "answer": "1"}', "text")):
+        (tmp_path / "d.jsonl").write_text(text)
+        rejects(m.main, ["--task", "math", "--model", "x", "--data", tmp_path / "d.jsonl"], "--data", *words.split())
+    (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "so\\n#### 1,000"}')
+    both = ["--data", tmp_path / "d.jsonl", "--test-data", tmp_path / "d.jsonl"]
+    rejects(m.main, ["--task", "math", "--model", "x", *both], "--test-data", "'q'")
+    assert m.read_problems(tmp_path / "d.jsonl", "--data", 9) == [dict(id=0, question="q", answer="1,000")]
+
+
+def test_too_few_pairs_and_other_directories(planted, here, rejects, monkeypatch):
+    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [["nothing"] * k for _ in questions])
+    with pytest.raises(SystemExit) as stop:
+        m.main([*TINY, "--out", "x"])
+    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        m.main([*TINY, "--out", "x", "--k", "5", "--resume"])
+    assert stop.value.code == 2
+    (here / "x" / "b0" / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as stop:
+        m.main([*TINY, "--out", "x", "--resume"])
+    assert stop.value.code == 2
+
+
+def test_missing_kernels(rejects):
+    rejects(lambda argv: m.load_kernel(*argv), ["no_such_kernel"], "--kernels", "kernels/", "triton")
+
+
+def test_dry_run_prints_and_creates_nothing(here, capsys):
+    m.main(["--dry-run"])
+    text = capsys.readouterr().out
+    model = m.Decoder(m.tiny_shape(m.Config()))
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "H100" in text
+    m.main(["--scale", "paper", "--task", "math", "--dry-run"])
+    assert "7,615,616,512 parameters" in capsys.readouterr().out and list(here.rglob("*")) == []
+
+
+# ---------------------------------------------------------------- a real model
+@pytest.mark.real
+def test_smollm2_runs_the_whole_chain(here, capsys):
+    """Sample, edit, pairs, 20 steps of DPO with LoRA on 50 generated word problems: audit and margins, no claim."""
+    import real
+
+    rows = m.make_problems(m.Config(), "dpo", 50, 0, lengths=(1, 2))
+    lines = [json.dumps({name: x[name] for name in ("question", "answer")}) + "\n" for x in rows]
+    (here / "d.jsonl").write_text("".join(lines))
+    result = m.main(["--task", "math", "--model", str(real.smollm2()), "--data", "d.jsonl", "--out", "x",
+                     "--arms", "0,C", "--steps", "20", "--batch-size", "8", "--micro-batch", "4", "--max-new", "120",
+                     "--lr", "1e-4",
+                     "--temp", "1.0", "--top-p", "0.95", "--edit-alpha", "30", "--warmup-steps", "2"])
+    print(json.dumps(result["metrics"], indent=1))
+    assert result["metrics"]["edits/asked"] > 0 and result["claims"] == []
