@@ -360,7 +360,7 @@ def huber_lm(X, y, starts, counts=None, delta=1e-3, steps=200):
     """Minimise sum_r counts_r Huber(y_r - log sum_j exp(X[j, r] @ p)) over p, from all starts (M, P) at once.
 
     X (J, R, P), y (R,), counts (M, R): how often a run counts (bootstrap). Returns p (M, P), objectives (M,) and
-    Gauss-Newton matrices (M, P, P). Levenberg-Marquardt; a Huber loss is least squares with weights min(1, delta / |r|).
+    Gauss-Newton matrices (M, P, P). Levenberg-Marquardt; Huber is least squares with weights min(1, delta / |r|).
     The sum, not the mean: with a solver's usual tolerances the mean stops early, as Chinchilla's fit did."""
     (J, R, P), p = X.shape, np.array(starts, float)
     counts, damp = np.ones((len(p), R)) if counts is None else counts, np.full(len(p), 1e-2)
@@ -415,7 +415,7 @@ def allocate(amplitudes, exponents, product):
 
     At the minimum all alpha_j A_j / x_j^alpha_j are equal, so x_j grows as the product to the power
     (1 / alpha_j) / sum_i 1 / alpha_i. N and D of L(N, D): product C / 6, the powers are beta / (alpha + beta) and
-    alpha / (alpha + beta); S and B of L(N, S, B) with product D: B_opt of fixed data; N, S, B: that of fixed compute."""
+    alpha / (alpha + beta); S and B of L(N, S, B) at product D: B_opt of fixed data; N, S, B: of fixed compute."""
     exponents = np.asarray(exponents, float)
     slope = np.log(exponents * np.asarray(amplitudes, float))
     mu = ((slope / exponents).sum() - np.log(np.asarray(product, float)[..., None])) / (1 / exponents).sum()
@@ -446,8 +446,8 @@ def power_law(y, *xs, counts=None):
 
 
 def grad_noise(small, big, b, B):
-    """Unbiased |G|^2 and tr(Sigma) from the squared norms of gradients of b and of B sequences. (our choice, [M]
-    McCandlish et al. 2018.) Average both over steps before dividing: the ratio B_noise = tr(Sigma) / |G|^2 is biased."""
+    """Unbiased |G|^2 and tr(Sigma) from the squared norms of gradients of b and of B sequences. (McCandlish et al.
+    2018 [M]) Average both before dividing: the ratio B_noise = tr(Sigma) / |G|^2 is biased."""
     assert 0 < b < B
     return (B * big - b * small) / (B - b), (small - big) / (1 / b - 1 / B)
 
@@ -464,7 +464,7 @@ def lr_for_batch(B, B0, lr0, gamma=0.75):
 
 
 def quadratic_loss(S, B, lr, modes=2000):
-    """Expected loss of SGD in the noisy quadratic world, exact: curvatures i^-1.2, start 1, gradient noise of an example
+    """Expected loss of SGD in the noisy quadratic world, exact: curvatures i^-1.2, start 1, an example's gradient noise
     equal to the curvature. S steps of rate lr at batch B; arrays are broadcast. (our choice)"""
     curve = np.arange(1, modes + 1) ** -1.2
     S, B, lr = (np.asarray(x, float)[..., None] for x in (S, B, lr))
@@ -493,13 +493,13 @@ def steplaw_rate(N, D):
     return 1.79 * N**-0.713 * D**0.307
 
 
-def recommend(N, D, T, devices=1, micro=1, laws=PUBLISHED):
+def recommend(N, D, T, devices=1, micro=1):
     """Rows for each published law: name, tag, kind, tokens, and the batch that devices * micro sequences of T tokens
     can make of it: accumulation, tokens used, steps, learning rate by StepLaw and the rule of lr_for_batch."""
     A, K, E, alpha, beta = CHINCHILLA
     loss, rows = E + A / N**alpha + K / D**beta, []
     best, once = PUBLISHED[1][3](N, D, loss), devices * micro * T
-    for name, tag, kind, formula in laws:
+    for name, tag, kind, formula in PUBLISHED:
         tokens = formula(N, D, loss)
         accumulation = max(1, math.ceil(tokens / once))
         used = accumulation * once
@@ -511,28 +511,26 @@ def recommend(N, D, T, devices=1, micro=1, laws=PUBLISHED):
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
 def quadratic_world():
-    """Stage A: what batch laws look like where everything is known. Prints a table; returns numbers.
-
-    Tuned rate: the smallest batch is always best, and there is a critical batch; fixed rate: there is a best batch."""
+    """Stage A: batch laws where everything is known; prints a table, returns numbers. With a tuned rate the smallest
+    batch is always best, and there is a critical batch; with a fixed rate there is a best batch that grows with D."""
     rates, batches, found = np.geomspace(0.003, 1.95, 30), 2.0 ** np.arange(11), {}
-    for D in (2.0**12, 2.0**16):
+    for D in (2**12, 2**16):
         losses = quadratic_loss(D / batches[:, None], batches[:, None], rates)
-        best = rates[losses.argmin(1)]
-        print(f"noisy quadratic, D {D:.0f}, best rate by batch: " + " ".join(f"{B:.0f}:{lr:.2f}" for B, lr in
-              zip(batches, best)) + " | loss " + " ".join(f"{x:.3f}" for x in losses.min(1)))
-        found[f"quadratic/small_batch_best_{D:.0f}"] = float(losses.min(1).argmin() == 0)
-        below = best < 0.4  # below saturation
-        found[f"quadratic/gamma_{D:.0f}"] = power_law(best[below], batches[below])[0, 1]
-    fine, budgets = np.geomspace(1, 1024, 150), 2.0 ** np.arange(12, 19)
+        best, loss = rates[losses.argmin(1)], losses.min(1)
+        print(f"noisy quadratic, D {D}, batch: best rate, loss | "
+              + ", ".join(f"{B:.0f}: {lr:.2f}, {x:.3f}" for B, lr, x in zip(batches, best, loss)))
+        below = best < 0.4  # where the rate does not yet saturate
+        found |= {f"quadratic/smallest_is_best_{D}": float(loss.argmin() == 0),
+                  f"quadratic/gamma_{D}": power_law(best[below], batches[below])[0, 1]}
+    fine = np.geomspace(1, 1024, 150)
     for lr in (0.1, 0.3):
-        found_at = [(D, parabola(np.log(fine), quadratic_loss(D / fine, fine, lr), 2)) for D in budgets]
-        D, B = np.array([(D, math.exp(best[0])) for D, best in found_at if best]).T
-        found[f"quadratic/exponent_lr{lr}"] = power_law(B, D)[0, 1]
-    for target in (1.0, 0.5):
-        steps = steps_to(target, batches, rates)
-        grid = np.geomspace(1, 300, 2000)[:, None]
-        error = np.log(steps) - np.log1p(grid / batches)
-        found[f"quadratic/B_crit_{target}"] = grid[error.std(1).argmin(), 0]
+        best = [(D, parabola(np.log(fine), quadratic_loss(D / fine, fine, lr), 2)) for D in 2.0 ** np.arange(12, 19)]
+        D, B = np.array([(D, math.exp(at[0])) for D, at in best if at]).T
+        found[f"quadratic/exponent_at_rate_{lr}"] = power_law(B, D)[0, 1]
+    for target in (1.0, 0.5):  # S = S_min (1 + B_crit / B), least squares in log S
+        steps, critical = steps_to(target, batches, rates), np.geomspace(1, 300, 2000)
+        error = np.log(steps) - np.log1p(critical[:, None] / batches)
+        found[f"quadratic/B_crit_at_{target}"] = critical[error.std(1).argmin()]
     print("noisy quadratic: " + ", ".join(f"{key.split('/')[1]} {x:.3g}" for key, x in found.items()), flush=True)
     return found
 
@@ -692,7 +690,7 @@ def analyse(table, boots):
         for i, name in enumerate(("gamma_below", "gamma_above")):
             if np.isfinite(slopes[:, i]).sum() > 1:
                 here[name] = mean_interval(slopes[:, i], boots)
-        if len(x := penalty(cells)) > 1 and np.isfinite(x).sum() > 1:
+        if np.isfinite(x := penalty(cells)).sum() > 1:
             here["penalty"] = mean_interval(x, boots)
         here |= surfaces(cells, best, boots) | extrapolation(cells, boots)
         if "noise" in table and len(rows):
@@ -825,7 +823,7 @@ class Trainer:
         return total
 
     def step(self, number, warm):
-        """Optimizer step `number`, 1, 2, ..., at `warm` times the learning rates; averages over a tenth of the steps."""
+        """Optimizer step `number`, 1, 2, ..., at `warm` times the rates; averages over a tenth of the steps taken."""
         cfg, share = self.cfg, min(1.0, 10 / number)
         for group, (lr, _) in zip(self.optimizer.param_groups, self.grid):
             group["lr"] = lr * warm
@@ -857,7 +855,8 @@ class Trainer:
         """Held-out losses (K,) of the averaged weights, in nats a token."""
         ids, total = data.held, 0.0
         for part in ids.split(self.cfg.micro_batch or max(1, 4096 // self.cfg.seq_len)):
-            total = total + self.losses(self.average, *(x.to(self.run.device) for x in (part, data.target(part)))).double()
+            target = data.target(part).to(self.run.device)
+            total = total + self.losses(self.average, part.to(self.run.device), target).double()
         return total.cpu() / ids[:, 1:].numel()
 
     def noise(self, data, b=2, k=32):
@@ -1145,19 +1144,19 @@ def flops_of(size, vocab, T):
 
 def dry_run(cfg):
     """What a run takes, without allocating a model."""
-    vocab, K, D = 50304 if cfg.data or cfg.scale == "paper" else 256 if cfg.task == "text" else cfg.vocab_size, 0, 0
+    vocab = 50304 if cfg.data or cfg.scale == "paper" else 256 if cfg.task == "text" else cfg.vocab_size
+    K, T = len(grid_of(cfg, 1)), cfg.seq_len
     for size in cfg.sizes.split(","):
         batches, (layers, d, _) = [B for s, B in groups_of(cfg) if s == size], shape_of(size)
-        K, D = len(numbers(cfg.lrs)) * len(numbers(cfg.beta2s)), int(cfg.tokens)
         with torch.device("meta"):
-            n = sum(p.numel() for p in Stack(1, shape_of(size), vocab, cfg.seq_len).parameters())
-        rows = cfg.micro_batch * cfg.seq_len or max(batches, default=0)
+            n = sum(p.numel() for p in Stack(1, shape_of(size), vocab, T).parameters())
+        rows = cfg.micro_batch * T or max(batches, default=0)
         memory = K * (20 * n + rows * (34 * layers * d + 8 * vocab)) / 2**30
-        flops = K * D * len(batches) * flops_of(size, vocab, cfg.seq_len)
-        print(f"{size}: {n:,} parameters, N {parameters(size):,} | {len(batches)} batches x {K} models x {D:.3g} "
-              f"tokens, {flops:.2e} FLOPs | {memory:.2f} GiB on one device | {flops / 4e14 / 3600:.4g} hours on one H100")
-    print("assumed: fp32 weights, gradients, AdamW and average, 34 bytes a layer, token and channel, 400 TFLOP/s, which "
-          "only large models reach")
+        tokens = K * len(batches) * cfg.tokens
+        flops = tokens * flops_of(size, vocab, T)
+        print(f"{size}: {n:,} parameters, N {parameters(size):,} | {len(batches)} batches, {K} models, {tokens:.3g} "
+              f"tokens, {flops:.2e} FLOPs | {memory:.2f} GiB on one device | on one H100 {flops / 1.44e18:.4g} hours")
+    print("assumed: fp32 weights, gradients, AdamW and average; 400 TFLOP/s, which only large models reach")
 
 
 def ledger(cfg, run, data):
@@ -1251,76 +1250,65 @@ def print_laws(found):
     for key, (value, ci) in found.items():
         print(f"{key:28} {value:.5g}" + (f" [{ci[0]:.4g}, {ci[1]:.4g}]" if ci else ""))
     for arm in dict.fromkeys(key.split("/")[0] for key in found):
-        optima, cells = (found[f"{arm}/{name}"][0] for name in ("optima", "cells"))
-        print(f"{arm}: {optima} of {cells} cells (N, D) have a best batch inside the grid"
-              + ("; no law of the batch: at least 4 at 3 values of D are needed" if f"{arm}/exponent" not in found else ""))
+        of = {key.split("/")[1]: x for key, (x, _) in found.items() if key.startswith(arm)}
+        print(f"{arm}: {of['optima']} of {of['cells']} cells (N, D) have a best batch inside the grid"
+              + "; too few for a law of the batch: 4 at 3 values of D" * ("exponent" not in of))
         low, high = found.get(f"{arm}/N_power_of_C", (0, (0, 0)))[1]
         if high - low > 0.2:
             print(f"{arm}: WARNING: these runs do not say how to divide compute between N and D: the interval of the "
-                  f"power is {high - low:.2f} wide; use the fit inside its range only, and no allocation is given")
+                  f"power is {high - low:.2f} wide; use the fit inside its range only; no allocation is given")
         elif high:
-            p = [math.log(found[f"{arm}/{k}"][0]) for k in "AKE"] + [found[f"{arm}/{k}"][0] for k in ("alpha", "beta")]
             for C in (1e18, 1e21, 1e24):
-                N, D = allocate(np.exp(p[:2]), p[3:], C / 6)
+                N, D = allocate((of["A"], of["K"]), (of["alpha"], of["beta"]), C / 6)
                 print(f"{arm}: C {C:.0e} FLOPs: N {N:.3g}, D {D:.3g} tokens")
 
 
 def plot_laws(path, cells):
-    """Loss by batch, a line for each D of the largest N; best batch by D with published laws; best rate by batch."""
+    """Loss and best rate by batch, a line for each D of the largest N, and best batch by D with the paper's law."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 3.2 * len(cells)), layout="constrained")
     for row, (arm, part) in zip(figure.subplots(len(cells), 3, squeeze=False), cells.items()):
-        rows, top = optima(part), max((N for _, N, _ in part), default=0)
-        for (_, N, D), curve in part.items():
+        rows, top, D = optima(part), max(N for _, N, _ in part), np.array(sorted({D for _, _, D in part}))
+        for (_, N, d), curve in part.items():
             if N == top:
                 B, loss, lr = np.array([(B, *x) for B, x in sorted(curve.items())]).T
-                row[0].plot(B, loss / np.nanmin(np.append(loss, np.inf)) - 1, marker=".", label=f"D {D:.2g}")
-                row[2].plot(B, lr, marker=".")
+                row[0].plot(B, loss / np.nanmin(np.append(loss, np.inf)) - 1, marker=".", label=f"D {d:.2g}")
+                if (good := np.isfinite(lr)).any():
+                    row[2].plot(B[good], lr[good], marker=".")
         for N in sorted(set(rows[:, 1])):
-            mine = rows[rows[:, 1] == N]
-            row[1].plot(mine[:, 2], mine[:, 3], marker=".", linestyle="", label=f"N {N:.3g}")
-        D = np.array(sorted({D for _, _, D in part}))
+            row[1].plot(*rows[rows[:, 1] == N, 2:4].T, ".", label=f"N {N:.3g}")
         row[1].plot(D, PUBLISHED[0][3](0, D, 0), color="gray", label="Shuai et al.")
-        row[0].set(xscale="log", yscale="log", xlabel="B, tokens", ylabel="loss above the best", title=f"{arm}, N {top:.3g}")
-        row[1].set(xscale="log", yscale="log", xlabel="D, tokens", ylabel="best B, tokens")
-        row[2].set(xscale="log", yscale="log", xlabel="B, tokens", ylabel="best learning rate")
+        labels = ("B, tokens", "loss above the best"), ("D, tokens", "best B, tokens"), ("B, tokens", "best rate")
+        for axes, (x, y) in zip(row, labels):
+            axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        row[0].set(title=f"{arm}, N {top:.3g}", yscale="linear")
         row[0].legend(fontsize="x-small")
         row[1].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
 
 
 def print_recommendation(cfg):
-    """The published laws side by side for one model, and that of --fit if given; returns the rows."""
-    N, D = cfg.params, cfg.tokens
-    once = cfg.devices * max(1, cfg.micro_batch) * cfg.seq_len
+    """The published laws side by side for one model; returns the rows."""
+    N, D, T, micro = cfg.params, cfg.tokens, cfg.seq_len, max(1, cfg.micro_batch)
+    once = cfg.devices * micro * T
     if D < once:
-        fail(f"--tokens {D:.3g}: less than one sequence for each place of all devices, {once} tokens")
-    extra = []
-    if cfg.fit:
-        table = read_runs(cfg)
-        found, _ = analyse(table, cfg.boots)
-        if "fixed/exponent" not in found:
-            fail(f"--fit {cfg.fit}: these runs give no law of the batch: fewer than 4 best batches inside the grid")
-        p = [math.log(found["fixed/prefactor"][0]), *(found[f"fixed/{k}"][0] for k in ("exponent", "exponent_N")
-                                                      if f"fixed/{k}" in found)]
-        extra = [("runs of --fit", "fit", "best at fixed data", lambda N, D, L: float(predict_batch(np.array(p), N, D)))]
-        if not (table["N"].min() <= N <= table["N"].max() and D <= table["D"].max()):
-            print(f"WARNING: the runs of --fit have N to {table['N'].max():.3g} and D to {table['D'].max():.3g}")
+        fail(f"--tokens {D:.3g}: less than one forward pass of {cfg.devices} devices, {once} tokens")
     if not 125e6 <= N <= 2.6e9 or D > 300e9:
         print("WARNING: the paper's law is fitted to 125M to 2.6B parameters and up to 300B tokens: this extrapolates")
-    rows = recommend(N, D, cfg.seq_len, cfg.devices, max(1, cfg.micro_batch), PUBLISHED + extra)
-    print(f"N {N:.3g}, D {D:.3g} tokens, {once:,} tokens a forward pass of {cfg.devices} devices; P primary text, S "
-          "secondary source, M memory\n"
-          f"{'law':24} {'read':5}{'what':26}{'tokens':>12}{'sequences':>10}{'accum.':>7}{'used':>13}{'steps':>11}{'lr':>10}")
+    rows = recommend(N, D, T, cfg.devices, micro)
+    print(f"N {N:.3g}, D {D:.3g} tokens; read: P primary text, S secondary source, M memory of a well-known paper")
+    head = "read", "what", "tokens", "sequences", "accumulation", "used", "steps", "lr"
+    print(f"{'law':25}{head[0]:5}{head[1]:26}" + "".join(f"{name:>13}" for name in head[2:]))
     for row in rows:
-        print(f"{row['law']:24} {row['tag']:5}{row['kind']:26}{row['tokens']:12,.0f}{row['tokens'] / cfg.seq_len:10,.0f}"
-              f"{row['accumulation']:7,}{row['used']:13,}{row['steps']:11,}{row['lr']:10.2e}")
-    best = [row["tokens"] for row in rows if row["kind"] == "best at fixed data"]
-    print(f"the laws of the best batch at fixed data differ by a factor of {max(best) / min(best):.1f}; DeepSeek's rate is "
-          f"{0.3118 * (6 * N * D) ** -0.125:.2e} [M]; rates follow StepLaw [P] and, below its batch, B^0.75")
-    print(f"take the first: {rows[0]['used']:,} tokens = {rows[0]['accumulation']} x {cfg.devices} devices x "
-          f"{max(1, cfg.micro_batch)} sequences x {cfg.seq_len}, {rows[0]['steps']:,} steps, lr {rows[0]['lr']:.2e}")
+        cells = (row["tokens"], row["tokens"] / T, row["accumulation"], row["used"], row["steps"])
+        print(f"{row['law']:25}{row['tag']:5}{row['kind']:26}" + "".join(f"{x:13,.0f}" for x in cells)
+              + f"{row['lr']:13.2e}")
+    best, first = [row["tokens"] for row in rows if row["kind"] == "best at fixed data"], rows[0]
+    print(f"the laws of the best batch at fixed data differ by a factor of {max(best) / min(best):.1f}; rates are those "
+          f"of StepLaw [P], below its batch times (B / its batch)^0.75; DeepSeek has {0.3118 * (6 * N * D) ** -0.125:.2e}")
+    print(f"take the first: {first['used']:,} tokens = {first['accumulation']} x {cfg.devices} devices x {micro} "
+          f"sequences of {T}, {first['steps']:,} steps, lr {first['lr']:.2e}")
     return rows
 
 
