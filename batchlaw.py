@@ -88,7 +88,7 @@ class Config:
     seed: int = 0  # of language, stream and initial weights
     # sweep: a group of runs is one size and one batch; its learning rates and beta2s are trained at once
     sizes: str = "1x16x1,1x32x1,1x64x2"  # layers x width x heads, or 125M, 350M, 760M, 1.3B, 2.6B (paper: to 2.6B)
-    tokens: float = 2**18  # D, training tokens (paper: up to 300e9)
+    tokens: float = 2.0**18  # D, training tokens (paper: up to 300e9)
     points: int = 5  # the loss is taken at D, D / 2, D / 4, ...
     batches: str = "16,32,64,128,256,512,1024"  # tokens of an optimizer step (paper: up to 32e6)
     lrs: str = "4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2"  # learning rates at a batch of --lr-batch tokens
@@ -676,7 +676,7 @@ def analyse(table, boots):
     first, arms, found, every = table["beta2"].min(), {}, {}, {}
     arms["fixed"] = table["beta2"] == first
     if len(set(table["beta2"])) > 1:
-        arms["tuned"] = np.full(len(table["loss"]), True)
+        arms["tuned"] = table["beta2"] >= first
     for arm, use in arms.items():
         cells = every[arm] = best_rates(table, use)
         rows, best, slopes, here = optima(cells), best_losses(cells), gammas(cells), {}
@@ -939,6 +939,10 @@ def train(cfg, run, size, B, data, state):
             save_state(run, job=job, step=step, **parts, **trainer.state())
         if stop:
             stopped(run)
+    if len(grid) == 1:  # one model, not a sweep: somebody wants it
+        weights = trainer.state()["average"] if cfg.fsdp else trainer.average.state_dict()
+        if not run.rank:
+            replace_file(run.out / f"{job}.safetensors", export(SimpleNamespace(state_dict=lambda: weights)))
     return rows
 
 
@@ -1166,9 +1170,7 @@ def ledger(cfg, run, data):
 
     def seconds_of(size, B, grid):
         trainer, ids = Trainer(cfg, run, size, grid, data.vocab), data.batch(0, B // cfg.seq_len).to(run.device)
-        once = [timeit.timeit(lambda: trainer.gradients(ids).sum().item() or trainer.step(1, 0.0), number=1)
-                for _ in range(4)]
-        return min(once)
+        return min(timeit.repeat(lambda: (trainer.gradients(ids), trainer.step(1, 0.0)), number=1, repeat=4))
 
     groups = groups_of(cfg)
     for size in dict.fromkeys(size for size, _ in groups):
@@ -1305,8 +1307,8 @@ def print_recommendation(cfg):
         print(f"{row['law']:25}{row['tag']:5}{row['kind']:26}" + "".join(f"{x:13,.0f}" for x in cells)
               + f"{row['lr']:13.2e}")
     best, first = [row["tokens"] for row in rows if row["kind"] == "best at fixed data"], rows[0]
-    print(f"the laws of the best batch at fixed data differ by a factor of {max(best) / min(best):.1f}; rates are those "
-          f"of StepLaw [P], below its batch times (B / its batch)^0.75; DeepSeek has {0.3118 * (6 * N * D) ** -0.125:.2e}")
+    print(f"the laws of the best batch at fixed data differ by a factor of {max(best) / min(best):.1f}; rates are "
+          f"StepLaw's, below its batch times (B / its batch)^0.75; DeepSeek has {0.3118 * (6 * N * D) ** -0.125:.2e}")
     print(f"take the first: {first['used']:,} tokens = {first['accumulation']} x {cfg.devices} devices x {micro} "
           f"sequences of {T}, {first['steps']:,} steps, lr {first['lr']:.2e}")
     return rows
