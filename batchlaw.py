@@ -1194,7 +1194,7 @@ def read_csv(cfg, path, lines):
     names = dict(pair.split("=", 1) for pair in cfg.columns.split(",") if "=" in pair)
     reader = csv.DictReader(lines)
     given = set(reader.fieldnames or ())
-    optional = {key for key in ("B", "lr") if names.get(key) == key} | {"D"} * ("C" in names)
+    optional = {key for key in ("B", "lr") if names.get(key) == key}
     if missing := [f"{key}={name}" for key, name in names.items() if name not in given and key not in optional]:
         fail(f"{path}:1: no column {', '.join(missing)} among {', '.join(sorted(given))}: name them with --columns")
     if not {"N", "loss"} <= set(names) or not {"C", "D"} & set(names):
