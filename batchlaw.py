@@ -395,7 +395,7 @@ def huber_lm(X, y, starts, counts=None, delta=1e-3, steps=200):
     return p, f, normal(r, w)[0]
 
 
-def fit_law(loss, *xs, boots=0, starts=256):
+def fit_law(loss, *xs, boots=0, starts=96):
     """Fit E + sum_j A_j / x_j^alpha_j to losses (R,): p, objective, condition number, bootstrap p (boots, P).
 
     The bootstrap draws runs with replacement and restarts at the optimum."""
@@ -1199,16 +1199,16 @@ def read_csv(cfg, path, lines):
         fail(f"{path}:1: no column {', '.join(missing)} among {', '.join(sorted(given))}: name them with --columns")
     if not {"N", "loss"} <= set(names) or not {"C", "D"} & set(names):
         fail(f"--columns {cfg.columns}: N, D (or C) and loss are needed, as in N=params,D=tokens,loss=val_loss")
-    for line, row in enumerate(reader, 2):
-        found = {}
-        for key, name in names.items():
-            text = row.get(name) or ""
-            if name in given and (text or key != "loss"):  # a run without a loss has diverged
-                try:
-                    found[key] = float(text)
-                except ValueError:
-                    fail(f"{path}:{line}: column {name}: {text!r} is not a number")
-        yield line, found
+
+    def number(line, name, text):
+        try:
+            return float(text)
+        except ValueError:
+            fail(f"{path}:{line}: column {name}: {text!r} is not a number")
+
+    for line, row in enumerate(reader, 2):  # a run without a loss has diverged
+        yield line, {key: number(line, name, row.get(name) or "") for key, name in names.items()
+                     if name in given and (row.get(name) or key != "loss")}
 
 
 def read_runs(cfg):
@@ -1272,12 +1272,12 @@ def plot_laws(path, cells):
     figure = Figure(figsize=(13, 3.2 * len(cells)), layout="constrained")
     for row, (arm, part) in zip(figure.subplots(len(cells), 3, squeeze=False), cells.items()):
         rows, top, D = optima(part), max(N for _, N, _ in part), np.array(sorted({D for _, _, D in part}))
-        for (_, N, d), curve in part.items():
-            if N == top:
-                B, loss, lr = np.array([(B, *x) for B, x in sorted(curve.items())]).T
-                row[0].plot(B, loss / np.nanmin(np.append(loss, np.inf)) - 1, marker=".", label=f"D {d:.2g}")
-                if (good := np.isfinite(lr)).any():
-                    row[2].plot(B[good], lr[good], marker=".")
+        curves = [(d, [(B, *x) for B, x in sorted(curve.items()) if np.isfinite(x).all()])
+                  for (_, N, d), curve in part.items() if N == top]
+        for d, points in curves:
+            B, loss, lr = np.array(points or [(1, 1, 1)]).T
+            row[0].plot(B, loss / loss.min() - 1, marker=".", label=f"D {d:.2g}")
+            row[2].plot(B, lr, marker=".")
         for N in sorted(set(rows[:, 1])):
             row[1].plot(*rows[rows[:, 1] == N, 2:4].T, ".", label=f"N {N:.3g}")
         row[1].plot(D, PUBLISHED[0][3](0, D, 0), color="gray", label="Shuai et al.")

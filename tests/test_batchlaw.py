@@ -306,7 +306,7 @@ def sweep_of(exponent=0.4, exponent_N=0.0, gamma=0.75, batches=2.0 ** np.arange(
 @pytest.mark.parametrize("exponent, exponent_N", [(0.4, 0.0), (0.1, 0.5)])
 def test_planted_batch_laws_are_found(exponent, exponent_N):
     """Exponents, rates on both sides, extrapolation; and the falsifier: a batch that follows N."""
-    found, cells = m.analyse(m.table_of(sweep_of(exponent, exponent_N)), 50)
+    found, cells = m.analyse(m.table_of(sweep_of(exponent, exponent_N)), 40)
     assert found["fixed/exponent"][0] == pytest.approx(exponent, abs=0.01)
     assert found["fixed/exponent_N"][0] == pytest.approx(exponent_N, abs=0.01)
     assert found["fixed/optima"][0] == found["fixed/cells"][0] == 18 and list(cells) == ["fixed"]
@@ -341,7 +341,8 @@ def test_diverged_runs_are_left_out():
             row["loss"] = None
     table = m.table_of(rows)
     assert np.isnan(table["loss"]).sum() == len(rows) / 8
-    assert m.analyse(table, 20)[0]["fixed/exponent"][0] == pytest.approx(0.4, abs=0.02)
+    rows = m.optima(m.best_rates(table, np.full(len(rows), True)))
+    assert m.power_law(rows[:, 3], rows[:, 2])[0, 1] == pytest.approx(0.4, abs=0.02)
 
 
 def test_the_tuned_arm_takes_the_best_beta2():
@@ -353,7 +354,6 @@ def test_the_tuned_arm_takes_the_best_beta2():
     for key, curve in fixed.items():
         for B, (loss, lr) in curve.items():
             assert tuned[key][B][0] == pytest.approx(loss * (0.99 if B < 64 else 1))
-    assert set(m.analyse(table, 10)[1]) == {"fixed", "tuned"}
 
 
 def test_verdicts_by_interval():
