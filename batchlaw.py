@@ -91,16 +91,17 @@ class Config:
     tokens: float = 2.0**18  # D, training tokens (paper: up to 300e9)
     points: int = 5  # the loss is taken at D, D / 2, D / 4, ...
     batches: str = "16,32,64,128,256,512,1024"  # tokens of an optimizer step (paper: up to 32e6)
-    lrs: str = "4e-3,8e-3,1.6e-2,3.2e-2,6.4e-2"  # learning rates at a batch of --lr-batch tokens
-    lr_batch: int = 1024  # others start from these times (B / lr_batch)^lr_power
+    lrs: str = "2e-3,4e-3,8e-3,1.6e-2,3.2e-2"  # learning rates at width --lr-width and a batch of --lr-batch tokens
+    lr_batch: int = 1024  # others have these times (B / lr_batch)^lr_power
     lr_power: float = 0.5  # so that the same few rates bracket the best one at every batch
+    lr_width: int = 64  # and times lr_width / width; 0 = the same for all widths
     beta2s: str = "0.95,0.99,0.999"  # AdamW; the first is arm fixed, the best of all is arm tuned
     shard: str = ""  # i/n: train every n-th group from the i-th on, for n machines, and fit later with --fit
     # data and model
     seq_len: int = 16  # T, tokens of a sequence (paper: not known)
     vocab_size: int = 64  # of the zipf language; bytes have 256, --data has 50304
     data: str = ""  # text: file of uint16 token ids, the last tenth is held out; "" = sources of Python, bytes
-    n_eval: int = 512  # held-out sequences
+    n_eval: int = 256  # held-out sequences
     # training
     warmup_tokens: int = 1024  # tokens of linear warm-up, the same for every batch
     weight_decay: float = 0.0  # AdamW, beta1 is 0.9
@@ -137,7 +138,7 @@ class Config:
             good = values and values == sorted(set(values)) and values[0] > 0 and math.isfinite(values[-1])
             if not good or flag == "batches" and any(x % 1 for x in values) or flag == "beta2s" and values[-1] >= 1:
                 fail(f"--{flag} {text}: rising numbers, above 0" + ", below 1" * (flag == "beta2s"))
-        zeros = "seed lr_power weight_decay grad_clip micro_batch warmup_tokens params".split()
+        zeros = "seed lr_power lr_width weight_decay grad_clip micro_batch warmup_tokens params".split()
         for name, value in vars(self).items():
             low = int(name not in zeros)
             if not isinstance(value, (str, bool)) and not low <= value < math.inf:
@@ -176,15 +177,15 @@ class Config:
 
 SIZES = {"125M": "12x768x12", "350M": "24x1024x16", "760M": "24x1536x16", "1.3B": "24x2048x16", "2.6B": "32x2560x32"}
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(sizes="1x8x1,1x16x1", tokens=2**12, points=3, batches="64,128,256", lrs="2e-2,4e-2,8e-2", n_eval=32,
+    "smoke": dict(sizes="1x8x1,1x16x1", tokens=2**12, points=3, batches="64,128,256", lrs="5e-3,1e-2,2e-2", n_eval=32,
                   beta2s="0.95,0.99", boots=20, log_every=512, save_every=1024),
     "small": {},
     "small:text": dict(sizes="2x32x1,2x64x2", tokens=2**18, batches="64,128,256,512,1024,2048", seq_len=64),
     "long": dict(sizes="1x16x1,1x32x1,1x64x2,2x64x2", tokens=2**20, points=7),
     "long:text": dict(sizes="2x32x1,2x64x2,2x96x3,2x128x4", tokens=2**20, batches="64,128,256,512,1024,2048,4096",
-                      seq_len=64, points=7, n_eval=256),
-    "paper": dict(sizes="125M", tokens=3e11, batches="4194304", lrs="6e-4", lr_power=0.0, beta2s="0.95", seq_len=2048,
-                  warmup_tokens=375_000_000, weight_decay=0.1, grad_clip=1.0, micro_batch=8, compile=True,
+                      seq_len=64, points=7),
+    "paper": dict(sizes="125M", tokens=3e11, batches="4194304", lrs="6e-4", lr_power=0.0, lr_width=0, beta2s="0.95",
+                  seq_len=2048, warmup_tokens=375_000_000, weight_decay=0.1, grad_clip=1.0, micro_batch=8, compile=True,
                   points=8, n_eval=512, log_every=2**24, save_every=2**32),
 }
 TRIED = dict(fixed=1, tuned=1)  # settings looked at, on a seed that is not reported
@@ -753,9 +754,9 @@ def statistics(found):
 
 
 # ---------------------------------------------------------------- 6. Training
-def grid_of(cfg, B):
-    """(lr, beta2) of the models trained at once at batch B."""
-    scale = (B / cfg.lr_batch) ** cfg.lr_power
+def grid_of(cfg, size, B):
+    """(lr, beta2) of the models trained at once, of one size at batch B."""
+    scale = (B / cfg.lr_batch) ** cfg.lr_power * (cfg.lr_width / shape_of(size)[1] if cfg.lr_width else 1)
     return [(lr * scale, beta2) for beta2 in numbers(cfg.beta2s) for lr in numbers(cfg.lrs)]
 
 
@@ -909,7 +910,7 @@ def train(cfg, run, size, B, data, state):
     """Train a group, one size at one batch, every rate and beta2 at once; returns its rows of runs.jsonl.
 
     state: what load_state gave, {} for a new run."""
-    job, T, N, grid = f"{size}-B{B}", cfg.seq_len, parameters(size), grid_of(cfg, B)
+    job, T, N, grid = f"{size}-B{B}", cfg.seq_len, parameters(size), grid_of(cfg, size, B)
     marks = {(int(cfg.tokens) >> i) // B for i in range(cfg.points)}  # steps at which losses are taken
     trainer, step, rows, spent = Trainer(cfg, run, size, grid, data.vocab), 0, [], 0.0
     if state.get("job") == job:
@@ -1149,7 +1150,7 @@ def flops_of(size, vocab, T):
 def dry_run(cfg):
     """What a run takes, without allocating a model."""
     vocab = 50304 if cfg.data or cfg.scale == "paper" else 256 if cfg.task == "text" else cfg.vocab_size
-    K, T = len(grid_of(cfg, 1)), cfg.seq_len
+    K, T = len(numbers(cfg.lrs)) * len(numbers(cfg.beta2s)), cfg.seq_len
     for size in cfg.sizes.split(","):
         batches, (layers, d, _) = [B for s, B in groups_of(cfg) if s == size], shape_of(size)
         with torch.device("meta"):
@@ -1174,10 +1175,10 @@ def ledger(cfg, run, data):
 
     groups = groups_of(cfg)
     for size in dict.fromkeys(size for size, _ in groups):
-        parts = [(B, seconds_of(size, B, grid_of(cfg, B))) for s, B in groups if s == size]
+        parts = [(B, seconds_of(size, B, grid_of(cfg, size, B))) for s, B in groups if s == size]
         total += sum(cfg.tokens / B * seconds for B, seconds in parts) / 60
         B, seconds = parts[len(parts) // 2]
-        grid = grid_of(cfg, B)
+        grid = grid_of(cfg, size, B)
         alone, K = seconds_of(size, B, grid[:1]), len(grid)
         flops = K * B * flops_of(size, data.vocab, cfg.seq_len) / seconds
         print(f"{size}: N {parameters(size):,} | steps of {K} models in ms by batch: "

@@ -388,7 +388,7 @@ def test_zipf():
     """The entropy of the pilot's language, frequencies by rank, held-out losses as expectations."""
     data = m.Zipf(m.Config(tokens=2**16))
     assert data.floor == pytest.approx(2.3812, abs=1e-4) and data.stream.shape == (4096, 17)
-    assert torch.allclose(data.table.sum(1), torch.ones(64)) and data.held.shape == (512, 17)
+    assert torch.allclose(data.table.sum(1), torch.ones(64)) and data.held.shape == (256, 17)
     pairs = data.stream.long()
     rank = torch.zeros(64, 64, dtype=torch.long).scatter_(1, data.rank, torch.arange(64).expand(64, 64).clone())
     share = torch.bincount(rank[pairs[:, :-1], pairs[:, 1:]].flatten(), minlength=64) / 2**16
@@ -533,7 +533,7 @@ def test_marks_and_rates(here):
     cfg = m.cli(m.Config, m.SCALES, [*SMOKE, *ONE])
     for B in (64, 128):
         mine = {(row["lr"], row["beta2"]) for row in rows if row["B"] == B}
-        assert mine == {(lr * math.sqrt(B / 1024), beta2) for lr in m.numbers(cfg.lrs) for beta2 in (0.95, 0.99)}
+        assert mine == {(lr * math.sqrt(B / 1024) * (64 / 8), beta2) for lr in m.numbers(cfg.lrs) for beta2 in (0.95, 0.99)}
     assert result["metrics"]["fixed/cells"] == 2 and all(row["first"] == rows[0]["first"] for row in rows)
 
 
