@@ -525,15 +525,15 @@ def test_it_learns(tmp_path):
 
 
 def test_marks_and_rates(here):
-    """Losses at D, D / 2, ... with S B = D; rates grow as sqrt(B) from batch to batch; warm-up in tokens."""
+    """Losses at D, D / 2, ... with S B = D; rates go with sqrt(B) / width."""
     result = m.main([*SMOKE, *ONE])
     rows = [json.loads(line) for line in (here / "out/batchlaw/zipf-smoke-s0/runs.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 6 and {row["D"] for row in rows} == {512, 1024}
     assert all(row["S"] * row["B"] == row["D"] and row["N"] == 768 for row in rows)
     cfg = m.cli(m.Config, m.SCALES, [*SMOKE, *ONE])
     for B in (64, 128):
-        mine = {(row["lr"], row["beta2"]) for row in rows if row["B"] == B}
-        assert mine == {(lr * math.sqrt(B / 1024) * (64 / 8), beta2) for lr in m.numbers(cfg.lrs) for beta2 in (0.95, 0.99)}
+        mine, scale = sorted({row["lr"] for row in rows if row["B"] == B}), math.sqrt(B / 1024) * 64 / 8
+        assert mine == pytest.approx([lr * scale for lr in m.numbers(cfg.lrs)])
     assert result["metrics"]["fixed/cells"] == 2 and all(row["first"] == rows[0]["first"] for row in rows)
 
 
