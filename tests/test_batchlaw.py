@@ -657,7 +657,7 @@ BAD = {
     "--tokens x": "--tokens", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
     "--recommend": "--params --tokens", "--recommend --params 1e9 --tokens 100 --devices 64": "--tokens 64",
     "--scale paper": "--scale paper --data", "--fsdp": "--fsdp --lrs", "--data x": "--data --task",
-    "--task text --data none.bin --seq-len 16": "--data none.bin", "--task text --tokens 1e9": "--tokens held"}
+    "--task text --data none.bin --seq-len 16": "--data none.bin", "--task text --tokens 1073741824": "--tokens held"}
 LIMITS = {  # settings of Config that it refuses
     "batches": ["", "x", "32,16", "0,64", "24", "64,64", "16.5", "65536", "inf"],
     "lrs": ["", "a", "2e-3,1e-3", "0", "nan"],
