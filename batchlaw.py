@@ -903,7 +903,7 @@ def shard(model, run):
 
     policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
     for module in [*model.blocks, model]:
-        fully_shard(module, mp_policy=policy, shard_placement_fn=lambda p: Shard(1))
+        fully_shard(module, mp_policy=policy, reshard_after_forward=True, shard_placement_fn=lambda p: Shard(1))
 
 
 def train(cfg, run, size, B, data, state):
