@@ -7,12 +7,12 @@
 """batchlaw.py: Scaling Law for Language Models Training Considering Batch Size
 Shuai, Wang, Wu, Jiang, Ren, 2024, arXiv 2412.01505
 
-Which batch and learning rate go with N parameters and D tokens? The paper trains models of 125M to 2.6B and finds
-B_opt = 3240 D^0.264 tokens, whatever N is, and learning rates that grow with the batch. Here the same sweep with small
-models, a learning rate and an Adam beta2 of its own for each batch, fits of the laws, and their intervals.
+Which batch and learning rate go with N parameters and D tokens? The paper trains models of 125M to 2.6B; others report
+of it B_opt = 3240 D^0.264 tokens, and learning rates that grow with the batch. Here the same sweep with small models,
+a learning rate and an Adam beta2 of its own for each batch, fits of the laws, and their intervals.
 
   python batchlaw.py                         # a sweep of three sizes and the noisy quadratic; minutes on 2 cores
-  python batchlaw.py --fit "out/batchlaw/*/runs.jsonl"   # laws of finished runs, or of any table: --fit runs.csv
+  python batchlaw.py --fit "out/batchlaw/zipf-small-s*/runs.jsonl"    # laws of finished runs, or of any table FILE.csv
   python batchlaw.py --recommend --params 1.3e9 --tokens 3e11 --devices 64 --micro-batch 8 --seq-len 2048
 
 Symbols (K models are trained at once: stacked, each with its learning rate and beta2; n sequences of T tokens)
@@ -38,7 +38,7 @@ Differences from the paper, of which the abstract, summaries and citing code wer
               approach as corrected by Epoch); the three-term law is a surrogate for the paper's batch laws.
   left out    critical batch at a target loss of trained models (the quadratic has it), cosine and WSD schedules.
 
-Copy out: law with huber_lm and fit_law, allocate, parabola, grad_noise, quadratic_loss
+Copy out: law with terms, huber_lm and fit_law, allocate, parabola, grad_noise, quadratic_loss
 """
 
 import argparse
@@ -103,7 +103,7 @@ class Config:
     data: str = ""  # text: file of uint16 token ids, the last tenth is held out; "" = sources of Python, bytes
     n_eval: int = 256  # held-out sequences
     # training
-    warmup_tokens: int = 1024  # tokens of linear warm-up, the same for every batch
+    warmup_tokens: int = 4096  # tokens of linear warm-up, the same for every batch
     weight_decay: float = 0.0  # AdamW, beta1 is 0.9
     grad_clip: float = 0.0  # largest gradient norm of a model; 0 = no limit
     micro_batch: int = 0  # sequences in a forward pass of one device; 0 = no split; saves memory, same gradient
@@ -111,6 +111,7 @@ class Config:
     fit: str = ""  # comma list or pattern of runs.jsonl files, or a table FILE.csv: fit the laws to it and stop
     columns: str = "N=N,D=D,B=B,lr=lr,loss=loss"  # which columns a table has; C=... instead of D: D is C / 6N
     batch_unit: int = 1  # tokens in one unit of the table's B: 2048 where sequences of 2048 are counted
+    max_loss: float = 0.0  # leave out rows of a table with a larger loss; 0 = none
     boots: int = 400  # bootstrap samples
     # recommend
     recommend: bool = False  # batch, steps and learning rate for --params and --tokens by the published laws, and stop
@@ -138,13 +139,17 @@ class Config:
             good = values and values == sorted(set(values)) and values[0] > 0 and math.isfinite(values[-1])
             if not good or flag == "batches" and any(x % 1 for x in values) or flag == "beta2s" and values[-1] >= 1:
                 fail(f"--{flag} {text}: rising numbers, above 0" + ", below 1" * (flag == "beta2s"))
-        zeros = "seed lr_power lr_width weight_decay grad_clip micro_batch warmup_tokens params".split()
+        zeros = "seed lr_power lr_width weight_decay grad_clip micro_batch warmup_tokens params max_loss".split()
         for name, value in vars(self).items():
             low = int(name not in zeros)
             if not isinstance(value, (str, bool)) and not low <= value < math.inf:
                 fail(f"--{name.replace('_', '-')} {value}: must be at least {low}")
-        if self.recommend and not self.params:
-            fail("--recommend needs --params N and --tokens D, as in --params 1.3e9 --tokens 3e11")
+        if self.recommend and not 0 < self.params < self.tokens:
+            fail("--recommend needs --params N and --tokens D, more than N, as in --params 1.3e9 --tokens 3e11")
+        if self.recommend and self.seq_len < 64:
+            fail("--recommend needs --seq-len, tokens of a sequence of the model to train, as in --seq-len 2048")
+        if self.task == "zipf" and self.vocab_size > 256:
+            fail(f"--vocab-size {self.vocab_size}: the zipf language has at most 256 symbols")
         if not (self.fit or self.recommend):
             self.check_sweep()
 
@@ -188,7 +193,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
                   seq_len=2048, warmup_tokens=375_000_000, weight_decay=0.1, grad_clip=1.0, micro_batch=8, compile=True,
                   points=8, n_eval=512, log_every=2**24, save_every=2**32),
 }
-TRIED = dict(fixed=1, tuned=1)  # settings looked at, on a seed that is not reported
+TRIED = dict(fixed=2, tuned=2)  # grids of rates looked at, on a seed that is not reported
 
 
 def numbers(text):
@@ -528,10 +533,12 @@ def quadratic_world():
         best = [(D, parabola(np.log(fine), quadratic_loss(D / fine, fine, lr), 2)) for D in 2.0 ** np.arange(12, 19)]
         D, B = np.array([(D, math.exp(at[0])) for D, at in best if at]).T
         found[f"quadratic/exponent_at_rate_{lr}"] = power_law(B, D)[0, 1]
-    for target in (1.0, 0.5):  # S = S_min (1 + B_crit / B), least squares in log S
+    for target in (1.0, 0.5, 0.25):  # S = S_min (1 + B_crit / B), least squares
         steps, critical = steps_to(target, batches, rates), np.geomspace(1, 300, 2000)
-        error = np.log(steps) - np.log1p(critical[:, None] / batches)
-        found[f"quadratic/B_crit_at_{target}"] = critical[error.std(1).argmin()]
+        shape = 1 + critical[:, None] / batches
+        S_min = (shape @ steps) / (shape**2).sum(1)
+        error = np.square(steps - S_min[:, None] * shape).sum(1)
+        found[f"quadratic/B_crit_at_{target}"] = critical[error.argmin()]
     print("noisy quadratic: " + ", ".join(f"{key.split('/')[1]} {x:.3g}" for key, x in found.items()), flush=True)
     return found
 
@@ -555,12 +562,12 @@ def best_rates(table, use, vertex=True):
     groups, found = {}, {}
     for i in np.flatnonzero(use):
         groups.setdefault(tuple(table[k][i] for k in ("seed", "N", "D", "B")), {}).setdefault(
-            table["beta2"][i], {})[table["lr"][i]] = table["loss"][i]
+            table["beta2"][i], {}).setdefault(table["lr"][i], []).append(table["loss"][i])
     for (seed, N, D, B), by_beta2 in sorted(groups.items()):
         trials = []
         for losses in by_beta2.values():
             lrs = sorted(losses)
-            y = np.array([losses[lr] for lr in lrs])
+            y = np.array([np.mean(losses[lr]) for lr in lrs])  # of runs that differ in nothing
             best = parabola(np.log(lrs), y, 1) if len(lrs) > 2 else None
             lowest = np.nanmin(np.append(y, np.inf))
             if best:
@@ -576,7 +583,7 @@ def optima(cells):
     """Rows (seed, N, D, B_opt, loss) of cells whose best batch is inside the grid, by the parabola in log B."""
     rows = []
     for (seed, N, D), curve in cells.items():
-        measured = [(B, loss) for B, (loss, _) in sorted(curve.items()) if math.isfinite(loss)]
+        measured = [(B, loss) for B, (loss, _) in sorted(curve.items())]  # nan where not measured
         best = len(measured) > 2 and parabola(*np.log(np.array(measured)).T, 2)
         if best:
             rows.append((seed, N, D, math.exp(best[0]), math.exp(best[1])))
@@ -614,20 +621,39 @@ def resample(n, boots):
 
 
 def mean_interval(x, boots):
+    """Mean of x where it is finite, with the bootstrap's interval from four numbers on."""
     x = np.asarray(x, float)
     x = x[np.isfinite(x)]
-    return interval(x.mean(), resample(len(x), boots) @ x / len(x)) if len(x) > 1 else None
+    return interval(x.mean(), resample(len(x), boots) @ x / len(x)) if len(x) > 3 else None
 
 
-def batch_law(rows, boots):
-    """log B_opt = c + e_D log D + e_N log N of rows of optima: coefficients and bootstrap draws; None where there are
-    too few. The bootstrap draws cells (N, D) and seeds; cells of one run share its path, which it does not know."""
-    if len(rows) < 4 or len(set(rows[:, 2])) < 3:
+def batch_law(rows, cells, boots):
+    """log B_opt = c + e_D log D + e_N log N of rows of optima, (c, e_D, e_N) and bootstrap draws; None where half of
+    the cells or more have no best batch inside the grid: what is left would be selected, by noise, from cells where
+    the loss is flat, which are those of large D. The draws know nothing of what the cells of one run share."""
+    if 2 * len(rows) <= cells or len(set(rows[:, 2])) < 3:
         return None
     xs = [rows[:, 2]] + [rows[:, 1]] * (len(set(rows[:, 1])) > 1)
     counts = resample(len(rows), boots)
     spread = [len(set(rows[count > 0, 2])) > 1 and len(set(rows[count > 0, 1])) > len(xs) - 1 for count in counts]
     return power_law(rows[:, 3], *xs)[0], power_law(rows[:, 3], *xs, counts=counts[spread])
+
+
+def size_law(rows, p):
+    """Half the 95 % interval of e_N of a batch law p, by Student's t over runs: the cells (seed, N) of a run share its
+    path, so that each gives one number, the mean of log B_opt - e_D log D."""
+    runs = sorted({(seed, N) for seed, N, *_ in rows})
+    if len(runs) < 3 or len({N for _, N in runs}) < 2:
+        return math.inf
+    left = np.log(rows[:, 3]) - p[1] * np.log(rows[:, 2])
+    y = np.array([left[(rows[:, 0] == seed) & (rows[:, 1] == N)].mean() for seed, N in runs])
+    x = np.log([N for _, N in runs])
+    x, y = x - x.mean(), y - y.mean()
+    error = math.sqrt(((y - x * (x @ y) / (x @ x)) ** 2).sum() / (len(runs) - 2) / (x @ x))
+    return STUDENT[min(len(runs) - 2, len(STUDENT)) - 1] * error
+
+
+STUDENT = 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # 97.5 % quantiles, 1 degree of freedom and on
 
 
 def predict_batch(p, N, D):
@@ -644,7 +670,8 @@ def extrapolation(cells, boots):
         p, _, _, draws = fit_law(fit[:, 3], fit[:, 1], fit[:, 2], boots=boots)
         errors = [max(abs(law(q, N, D) / loss - 1) for _, N, D, loss in held) for q in (p, *draws)]
         found["loss_error"] = interval(errors[0], np.array(errors[1:]))
-    fitted, held = batch_law(rows[rows[:, 2] <= top / 2], boots), rows[rows[:, 2] == top]
+    early = rows[rows[:, 2] <= top / 2]
+    fitted, held = batch_law(early, sum(D <= top / 2 for _, _, D in cells), boots), rows[rows[:, 2] == top]
     if fitted and len(held):
         errors = np.stack([np.abs(np.log(predict_batch(np.vstack([fitted[0], fitted[1]]), N, D) / B))
                            for _, N, D, B, _ in held]).max(0)
@@ -653,23 +680,31 @@ def extrapolation(cells, boots):
 
 
 def penalty(cells):
-    """By how many percent the smallest batch is worse than the best of the others, for the larger half of D."""
-    curves = {key: {B: x for B, (x, _) in curve.items()} for key, curve in cells.items()}
-    large = sorted({D for _, _, D in curves})[-2:]
-    return [100 * (curve[min(curve)] / np.nanmin([curve[B] for B in curve if B > min(curve)]) - 1)
-            for (_, _, D), curve in curves.items() if D in large and len(curve) > 1
-            and np.isfinite([curve[B] for B in curve if B > min(curve)]).any()]
+    """By how many percent the smallest batch is worse than another one, at the two largest D. The other is the best on
+    average of the other sizes and seeds: chosen by its own losses it would be better by luck alone."""
+    found, large = [], sorted({D for _, _, D in cells})[-2:]
+    for D in large:
+        here = {key: {B: math.log(loss) for B, (loss, _) in curve.items()} for key, curve in cells.items()
+                if key[2] == D and any(math.isfinite(loss) for loss, _ in curve.values())}
+        for key, curve in here.items():
+            others = [c for k, c in here.items() if k != key and min(c) == min(curve)]
+            means = {B: np.mean([c.get(B, math.nan) - np.nanmean(list(c.values())) for c in others])
+                     for B in curve if B > min(curve)} if others else {}
+            if good := {B: x for B, x in means.items() if math.isfinite(x)}:
+                found.append(100 * math.expm1(curve[min(curve)] - curve[min(good, key=good.get)]))
+    return found
 
 
 def noise_of(table, rows, use):
-    """Gradient noise scales in tokens beside optima (seed, N, D, B_opt, loss): that of the run of lowest loss there."""
-    found = []
+    """Gradient noise scale in tokens, by sums over the runs of lowest loss at optima (seed, N, D, B_opt, loss)."""
+    trace = signal = 0.0
     for seed, N, D, B, _ in rows:
         here = use & (table["seed"] == seed) & (table["N"] == N) & (table["D"] == D) & np.isfinite(table["loss"])
         near = np.abs(np.log(table["B"] / B))
         here &= near == near[here].min()
-        found.append(table["noise"][here][table["loss"][here].argmin()])
-    return np.array(found, float)
+        best = np.flatnonzero(here)[table["loss"][here].argmin()]
+        trace, signal = trace + table["noise_num"][best], signal + table["noise_den"][best]
+    return trace / signal if signal > 0 else math.nan
 
 
 def analyse(table, boots):
@@ -682,23 +717,21 @@ def analyse(table, boots):
         cells = every[arm] = best_rates(table, use)
         rows, best, slopes, here = optima(cells), best_losses(cells), gammas(cells), {}
         here |= dict(cells=(len(cells), None), optima=(len(rows), None))
-        if fitted := batch_law(rows, boots):
+        if fitted := batch_law(rows, len(cells), boots):
             p, draws = fitted
-            for i, name in enumerate(("prefactor", "exponent", "exponent_N")[: len(p)]):
-                here[name] = interval(p[i], draws[:, i]) if i else (math.exp(p[0]), None)
+            here |= dict(prefactor=(math.exp(p[0]), None), exponent=interval(p[1], draws[:, 1]))
             if len(p) > 2:
-                here["D_less_N"] = interval(abs(p[1]) - abs(p[2]), np.abs(draws[:, 1]) - np.abs(draws[:, 2]))
+                less, half = abs(p[1]) - abs(p[2]), size_law(rows, p)
+                for name, x in (("exponent_N", p[2]), ("D_less_N", less)):
+                    here[name] = x, (x - half, x + half) if half < math.inf else None
         for i, name in enumerate(("gamma_below", "gamma_above")):
-            if np.isfinite(slopes[:, i]).sum() > 1:
+            if np.isfinite(slopes[:, i]).sum() > 3:
                 here[name] = mean_interval(slopes[:, i], boots)
-        if np.isfinite(x := penalty(cells)).sum() > 1:
+        if np.isfinite(x := penalty(cells)).sum() > 3:
             here["penalty"] = mean_interval(x, boots)
         here |= surfaces(cells, best, boots) | extrapolation(cells, boots)
-        if "noise" in table and len(rows):
-            noise = noise_of(table, rows, use)
-            good = noise > 0  # the estimate of |G|^2 may be negative
-            if good.any():
-                here["noise_by_B_opt"] = math.exp(np.log(noise[good] / rows[good, 3]).mean()), None
+        if "noise_num" in table and len(rows) and math.isfinite(noise := noise_of(table, rows, use)):
+            here["noise_by_B_opt"] = noise / math.exp(np.log(rows[:, 3]).mean()), None
         found |= {f"{arm}/{name}": x for name, x in here.items()}
     return found, every
 
@@ -727,7 +760,7 @@ def surfaces(cells, best, boots):
 
 
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
-# Mean and interval are over cells (N, D), seeds and their bootstrap; over seeds where records are put together.
+# Intervals are over cells (N, D) of a run, of what concerns N over its runs; over seeds where records are put together.
 CLAIMS = [
     ("batch-grows-with-data", "fixed/exponent", 0.0, "beta2 0.95: B_opt does not grow with D"),
     ("batch-grows-with-data-tuned", "tuned/exponent", 0.0, "the same with the best beta2 for each batch"),
@@ -810,7 +843,8 @@ class Trainer:
         return loss.view(len(logits), -1).sum(1)
 
     def gradients(self, ids, net=None):
-        """Gradients of the mean loss of all ranks' sequences ids (n, T + 1), in parts that fit; returns this (K,)."""
+        """Gradients of the mean loss of all ranks' sequences ids (n, T + 1), in parts that fit; returns the loss (K,) of
+        this rank's."""
         net, world, total = net or self.net, self.run.world, 0.0
         mine = ids[self.run.rank :: world] if net is self.net else ids
         self.optimizer.zero_grad(set_to_none=self.cfg.fsdp)
@@ -861,17 +895,18 @@ class Trainer:
         return total.cpu() / ids[:, 1:].numel()
 
     def noise(self, data, b=2, k=32):
-        """Gradient noise scales (K,) in tokens at the present weights, nan where |G|^2 is not above 0: k gradients of b
-        held-out sequences and their mean, which has B = k b. In sequences first: tokens of one depend on each other."""
+        """tr(Sigma), in tokens, and |G|^2 (K,) at the present weights, whose ratio of sums is the noise scale: from k
+        gradients of b held-out sequences and their mean, of B = k b. In sequences first: tokens of one depend on each
+        other."""
         if self.cfg.fsdp or len(data.held) < k * b:
-            return torch.full((len(self.grid),), math.nan)
+            return torch.full((2, len(self.grid)), math.nan)
         small, mean = 0.0, torch.zeros_like(self.grads)
         for part in data.held[: k * b].to(self.run.device).split(b):
             self.gradients(part, self.model)
             small = small + self.grads.square().sum(1) / k
             mean += self.grads / k
         signal, trace = grad_noise(small, mean.square().sum(1), b, k * b)
-        return torch.where(signal > 0, trace / signal * self.cfg.seq_len, math.nan).cpu()
+        return torch.stack([trace * self.cfg.seq_len, signal]).cpu()
 
     def state(self):
         if not self.cfg.fsdp:
@@ -928,11 +963,13 @@ def train(cfg, run, size, B, data, state):
             eta = (max(marks) - step) * B * len(grid) / rate / 60
             log(step, loss=loss.min().item(), tokens_per_s=rate, eta_min=eta)
         if step in marks:
-            held, noise = trainer.evaluate(data).tolist(), trainer.noise(data).tolist()
-            for (lr, beta2), x, before, scale in zip(grid, held, first, noise):
+            held, noise = trainer.evaluate(data).tolist(), trainer.noise(data).T.tolist()
+            for (lr, beta2), x, before, (trace, signal) in zip(grid, held, first, noise):
                 good = x < before  # not where it is nan
-                rows.append(dict(size=size, N=N, D=step * B, B=B, S=step, lr=lr, beta2=beta2, seed=cfg.seed,
-                                 loss=x if good else None, noise=scale if scale > 0 else None, first=before,
+                trace, signal = (y if math.isfinite(y) else None for y in (trace, signal))
+                rows.append(dict(data=f"{cfg.task} T {T} {data.sha256[:8]}", size=size, N=N, D=step * B, B=B, S=step,
+                                 lr=lr, beta2=beta2, seed=cfg.seed,
+                                 loss=x if good else None, noise_num=trace, noise_den=signal, first=before,
                                  tokens_per_s=rate, seconds=time.perf_counter() - began))
         stop = should_stop(run)
         if stop or step * B % cfg.save_every < B:
@@ -1171,7 +1208,7 @@ def ledger(cfg, run, data):
 
     def seconds_of(size, B, grid):
         trainer, ids = Trainer(cfg, run, size, grid, data.vocab), data.batch(0, B // cfg.seq_len).to(run.device)
-        return min(timeit.repeat(lambda: (trainer.gradients(ids), trainer.step(1, 0.0)), number=1, repeat=4))
+        return min(timeit.repeat(lambda: (trainer.gradients(ids), trainer.step(1, 1.0)), number=1, repeat=4))
 
     groups = groups_of(cfg)
     for size in dict.fromkeys(size for size, _ in groups):
@@ -1185,7 +1222,8 @@ def ledger(cfg, run, data):
               + " ".join(f"{B}:{1e3 * s:.1f}" for B, s in parts) + f" | at {B} {K * B / seconds:,.0f} tokens/s, "
               f"{flops / peak:.0%} of a matmul's {peak / 1e9:.0f} GFLOP/s; one by one {B / alone:,.0f}")
         found |= {f"{size}/stacked_tokens_per_s": K * B / seconds, f"{size}/alone_tokens_per_s": B / alone}
-    print(f"{len(groups)} groups of runs will take about {total:.1f} minutes, held-out losses not counted; first loss "
+    print(f"{len(groups)} groups of runs will take about {total:.1f} minutes, held-out losses not counted"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10) + "; first loss "
           f"{math.log(data.vocab):.2f} expected" + f", best possible {data.floor:.4f}" * bool(data.floor), flush=True)
     return found
 
@@ -1225,12 +1263,23 @@ def read_runs(cfg):
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             fail(f"--fit {path}: {error}: runs.jsonl of finished runs, or a table FILE.csv with a line of names")
         for line, row in found:
+            if not isinstance(row, dict):
+                fail(f"{path}:{line}: not a run: a line is {{\"N\": ..., \"D\": ..., \"loss\": ...}}")
+            for key in ("N", "C", "D", "B", "lr", "beta2", "seed", "loss"):
+                need, x = key == "N" or key == "D" and "C" not in row, row.get(key)
+                good = isinstance(x, (int, float)) and (0 < x < math.inf or key == "seed" or key == "loss" and x != x)
+                if not good and (need or x is not None):
+                    fail(f"{path}:{line}: {key} must be a number above 0, not {x!r}")
             if "C" in row:
                 row["D"] = row["C"] / (6 * row["N"])
-            if wrong := [k for k in ("N", "D", "B", "lr") if not 0 < row.get(k, k in ("B", "lr")) < math.inf]:
-                fail(f"{path}:{line}: {wrong[0]} must be a number above 0")
-            row["B"] = row["B"] * (1 if path.endswith(".jsonl") else cfg.batch_unit) if "B" in row else None
-            rows.append(row)
+            if row.get("B") and not path.endswith(".jsonl"):
+                row["B"] *= cfg.batch_unit
+            if not (cfg.max_loss and (row.get("loss") or 0) > cfg.max_loss):
+                rows.append(row)
+    if not any(row.get("loss") for row in rows):
+        fail(f"--fit {cfg.fit}: there is no run with a loss")
+    if len(kinds := {row.get("data") for row in rows}) > 1:
+        fail(f"--fit {cfg.fit}: runs on different data cannot be fitted together: {', '.join(sorted(map(str, kinds)))}")
     return table_of(rows)
 
 
@@ -1243,8 +1292,9 @@ def table_of(rows):
     table["seed"] = np.array([row.get("seed", 0) if has_batch else i for i, row in enumerate(rows)], float)
     table |= {key: np.array([row.get(key, 1) for row in rows], float) for key in ("lr", "beta2")}
     table["loss"] = np.array([math.nan if row.get("loss") is None else row["loss"] for row in rows])
-    if any("noise" in row for row in rows):
-        table["noise"] = np.array([math.nan if row.get("noise") is None else row["noise"] for row in rows])
+    for key in ("noise_num", "noise_den"):
+        if all(row.get(key) is not None for row in rows):
+            table[key] = np.array([row[key] for row in rows], float)
     return table
 
 
@@ -1321,8 +1371,11 @@ def fit_files(cfg):
     found, cells = analyse(read_runs(cfg), cfg.boots)
     print_laws(found)
     path = Path(cfg.out or ".") / "laws.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    plot_laws(path, cells)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_laws(path, cells)
+    except OSError as error:
+        fail(f"--out {cfg.out}: {error}")
     print(f"drawn in {path}")
     return found
 
@@ -1371,11 +1424,14 @@ def main(argv=None):
         return print(f"shard {cfg.shard} is done: its runs are in {run.out / 'runs.jsonl'}; fit all with --fit")
     found, cells = analyse(table_of(rows), cfg.boots)
     print_laws(found)
+    measured = statistics(found)
+    for name, formula, *_ in (claim for claim in CLAIMS if claim[0] not in measured and cfg.scale != "smoke"):
+        print(f"CLAIM {name} INCONCLUSIVE: {formula}: not measured: too few cells have a best batch inside the grid")
     metrics = {key: float(x) for key, (x, _) in found.items()} | quadratic_world() | speed
     plot_laws(run.out / "plot.png", cells)
     minutes = before + time.perf_counter() - began + sum({(r["size"], r["B"]): r["seconds"] for r in rows}.values())
     record = dict(tried=TRIED, metrics=metrics, data_sha256=data.sha256, minutes=minutes / 60)
-    return report(cfg, run, "batchlaw", argv, statistics(found), CLAIMS, **record)
+    return report(cfg, run, "batchlaw", argv, measured, CLAIMS, **record)
 
 
 if __name__ == "__main__":

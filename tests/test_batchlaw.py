@@ -221,8 +221,8 @@ def test_noise_of_a_model(tmp_path):
         parts.append(torch.cat([g[0].flatten() for g in torch.autograd.grad(loss, list(trainer.model.parameters()))]))
     g = torch.stack(parts).double()  # (32, P)
     signal, trace = m.grad_noise(g.square().sum(1).mean(), g.mean(0).square().sum(), 2, 64)
-    got = trainer.noise(data)
-    assert got[0] == got[1] == pytest.approx((trace / signal * cfg.seq_len).item(), rel=1e-3)
+    for got in trainer.noise(data).T.tolist():
+        assert got == [pytest.approx((trace * cfg.seq_len).item(), rel=1e-3), pytest.approx(signal.item(), rel=1e-3)]
     assert torch.equal(trainer.rows, before)
 
 
@@ -240,12 +240,13 @@ def test_quadratic_loss_is_the_mean_of_sgd():
 
 def test_quadratic_world(capsys):
     """Tuned rate: the smallest batch is best, the rate grows as B; fixed rate: B_opt grows with D; B_crit grows as the
-    loss falls, 13.3 at 1.0 (5 %)."""
+    loss falls: 13.3, 29.9 and 45.9 in the specification, on a grid of rates that it does not tell."""
     got = {key.split("/")[1]: x for key, x in m.quadratic_world().items()}
     assert got["smallest_is_best_4096"] == got["smallest_is_best_65536"] == 1
     assert got["gamma_65536"] == pytest.approx(1, abs=0.1)
     assert 0.3 < got["exponent_at_rate_0.3"] < 0.45 and 0.3 < got["exponent_at_rate_0.1"] < 0.6
-    assert got["B_crit_at_1.0"] == pytest.approx(13.3, rel=0.05) and got["B_crit_at_0.5"] > 20
+    for target, wanted in ((1.0, 13.3), (0.5, 29.9), (0.25, 45.9)):
+        assert got[f"B_crit_at_{target}"] == pytest.approx(wanted, rel=0.1)
     assert "noisy quadratic" in capsys.readouterr().out
 
 
@@ -261,6 +262,10 @@ def test_the_table_of_published_laws():
             got = [tokens(1e9, D, 2.5) / 1e6 for D in (1e9, 1e10, 1e11, 1e12)]
             assert got == pytest.approx(row, abs=0.06 if max(row) > 9 else 0.051, rel=0.02), name
         assert set(tag.split("/")) <= {"P", "S", "M"}
+    of = {name: tokens(1.3e9, 3e11, 2.3) for name, _, _, tokens in m.PUBLISHED}
+    assert of["DeepSeek 2401.02954"] == pytest.approx(0.2920 * (6 * 1.3e9 * 3e11) ** 0.3271)
+    assert of["MiniCPM 2404.06395"] == pytest.approx(1.21e9 / 2.3**6.24)
+    assert of["Kaplan 2001.08361"] == pytest.approx(2e8 / 2.3**4.7619, rel=1e-4)
     assert m.steplaw_rate(1e9, 1e11) == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
 
 
@@ -272,6 +277,7 @@ def test_recommend_rounds_up_to_whole_passes():
         once = 64 * 8 * 2048
         assert row["used"] == row["accumulation"] * once and 0 <= row["used"] - row["tokens"] < once
         assert row["steps"] == round(3e11 / row["used"])
+    assert max(row["lr"] for row in rows) == pytest.approx(m.steplaw_rate(1.3e9, 3e11))
     assert rows[0]["tokens"] == pytest.approx(3.47e6, rel=0.01) and rows[0]["accumulation"] == 4
     assert all(row["accumulation"] == 1 for row in m.recommend(1e6, 1e6, 2048, 64, 8))
     assert m.lr_for_batch(50, 100, 1e-3) == pytest.approx(1e-3 * 0.5**0.75) and m.lr_for_batch(400, 100, 1e-3) == 1e-3
@@ -298,7 +304,7 @@ def sweep_of(exponent=0.4, exponent_N=0.0, gamma=0.75, batches=2.0 ** np.arange(
                 for B in batches:
                     best = m.law(p, N, D) * (1 + 0.003 * math.log(B / at) ** 2)
                     lr0 = 1e-3 * min(1, B / at) ** gamma
-                    rows += [dict(seed=seed, N=N, D=D, B=B, lr=1e-3 * 2.0**i, beta2=0.95, noise=2 * at,
+                    rows += [dict(seed=seed, N=N, D=D, B=B, lr=1e-3 * 2.0**i, beta2=0.95, noise_num=6 * at, noise_den=3.0,
                                   loss=best * (1 + 0.01 * math.log(1e-3 * 2.0**i / lr0) ** 2)) for i in range(-5, 3)]
     return rows
 
@@ -313,7 +319,9 @@ def test_planted_batch_laws_are_found(exponent, exponent_N):
     assert found["fixed/gamma_below"][0] == pytest.approx(0.75, abs=0.08)
     assert found["fixed/gamma_above"][0] == pytest.approx(0, abs=0.08)
     assert found["fixed/loss_error"][0] < 0.001 and found["fixed/batch_error"][0] < 0.05
-    assert found["fixed/noise_by_B_opt"][0] == pytest.approx(2, rel=0.01) and found["fixed/penalty"][0] > 0
+    best = m.optima(cells["fixed"])[:, 3]  # the noise at optima is twice each: by sums, beside the geometric mean
+    assert found["fixed/noise_by_B_opt"][0] == pytest.approx(2 * best.mean() / np.exp(np.log(best).mean()), rel=0.01)
+    assert found["fixed/penalty"][0] > 0
     claims = {name: m.verdict(*m.statistics(found)[name], limit) for name, _, limit, _ in m.CLAIMS
               if name in m.statistics(found)}
     follows_data = exponent > exponent_N
@@ -332,6 +340,70 @@ def test_edges_are_not_measured():
     cells = m.best_rates(m.table_of(rows), np.full(len(rows), True))
     assert all(math.isnan(x) for curve in cells.values() for x, _ in curve.values())
     assert len(m.optima(cells)) == len(m.best_losses(cells)) == len(m.gammas(cells)) == 0
+
+
+def sweeps_by_luck(flat, sd, seed):
+    """Cells of a sweep in which no batch is better than the smallest: all are equal, or it is the best, and losses have
+    noise of this standard deviation."""
+    rng = np.random.default_rng(seed)
+    return {(0, N, D): {B: (2.5 + (0 if flat else 30 * B / D**1.2) + sd * rng.standard_normal(), 1e-3)
+                        for B in 2.0 ** np.arange(4, 11)} for N in (3e3, 1e4, 5e4) for D in 2.0 ** np.arange(14, 19)}
+
+
+def test_luck_makes_no_law():
+    """Interior optima by noise alone, in a minority of cells at large D, are not taken for a law; and the batch that
+    the smallest is compared with is not chosen by the losses it is compared in."""
+    held, laws = [], 0
+    for seed in range(40):
+        cells = sweeps_by_luck(False, 0.001, seed)
+        laws += m.batch_law(m.optima(cells), len(cells), 20) is not None
+        cells = sweeps_by_luck(True, 0.001, seed)
+        held.append(m.mean_interval(m.penalty(cells), 100)[1][0] > 0)
+    assert laws <= 2 and np.mean(held) < 0.3
+    cells = {key: {B: (2.0 if B == 16 else 1.9 if B == 64 else 2.5, 1e-3) for B in (16, 32, 64)} for key in cells}
+    assert m.penalty(cells) == pytest.approx([100 * (2 / 1.9 - 1)] * 6)
+    flipped = {key: {B: (x if key[1] > 3e3 else 4.5 - x, lr) for B, (x, lr) in curve.items()}
+               for key, curve in cells.items()}  # of the smallest N 16: 2.5, 32: 2.0, 64: 2.6; the others choose 64
+    assert m.penalty(flipped)[0] == pytest.approx(100 * (2.5 / 2.6 - 1))
+
+
+def test_an_interval_for_sizes_counts_runs():
+    """Runs that are off as a whole: the interval of e_N is Student's over runs, however many D there are."""
+    rng, rows, off = np.random.default_rng(0), [], {}
+    for N in (1e3, 4e3, 1.6e4):
+        off[N] = 0.3 * rng.standard_normal()
+        rows += [(0, N, D, math.exp(off[N]) * D**0.4, 2.0) for D in 2.0 ** np.arange(14, 24)]
+    rows = np.array(rows)
+    p, _ = m.batch_law(rows, len(rows), 20)
+    x, y = np.log([1e3, 4e3, 1.6e4]), np.array(list(off.values()))
+    fit, cov = np.polyfit(x, y, 1, cov="unscaled")
+    error = math.sqrt(((y - np.polyval(fit, x)) ** 2).sum() * cov[0, 0])
+    assert p[2] == pytest.approx(fit[0], abs=1e-6) and m.size_law(rows, p) == pytest.approx(12.71 * error, rel=1e-4)
+    assert m.size_law(rows[rows[:, 1] < 1e4], p) == math.inf
+
+
+def test_extrapolation_does_not_see_its_test():
+    """A break above half of the largest D: the prediction there is wrong by it."""
+    rows = sweep_of()
+    top = max(row["D"] for row in rows)
+    for row in rows:
+        row["loss"] *= 1.05 if row["D"] == top else 1
+    found, _ = m.analyse(m.table_of(rows), 20)
+    assert found["fixed/loss_error"][0] == pytest.approx(1 - 1 / 1.05, abs=0.002)
+
+
+def test_a_hole_beside_the_best_is_no_optimum():
+    """The neighbour of the best batch was not measured: no vertex through it."""
+    curve = {float(B): ((math.log(B / 64)) ** 2 + 1, 1e-3) for B in (16, 32, 64, 128, 256)}
+    assert m.optima({(0, 1, 1): curve})[0, 3] == pytest.approx(64, rel=0.1)
+    assert len(m.optima({(0, 1, 1): curve | {128.0: (math.nan, math.nan)}})) == 0
+
+
+def test_repeated_runs_are_averaged():
+    rows = sweep_of()
+    twice = [dict(row, loss=row["loss"] + d) for row in rows for d in (-0.01, 0.01)]
+    one, two = (m.best_rates(m.table_of(x), np.full(len(x), True)) for x in (rows, twice))
+    assert all(two[key][B] == pytest.approx(one[key][B], nan_ok=True) for key in one for B in one[key])
 
 
 def test_diverged_runs_are_left_out():
@@ -537,6 +609,28 @@ def test_marks_and_rates(here):
     assert result["metrics"]["fixed/cells"] == 2 and all(row["first"] == rows[0]["first"] for row in rows)
 
 
+def test_stream_and_warm_up(here, monkeypatch):
+    """Every batch starts where the last one ended; the warm-up counts tokens: 256 of them, whatever the batch."""
+    seen, warm, batch, step = [], [], m.Zipf.batch, m.Trainer.step
+    monkeypatch.setattr(m, "ledger", lambda *_: {})
+    monkeypatch.setattr(m.Zipf, "batch", lambda self, first, n: seen.append((first, n)) or batch(self, first, n))
+    monkeypatch.setattr(m.Trainer, "step", lambda self, i, w: warm.append((i, w)) or step(self, i, w))
+    m.main([*SMOKE, *ONE, "--warmup-tokens", "256"])
+    T, D = 16, 1024
+    assert seen == [(i * B // T, B // T) for B in (64, 128) for i in range(D // B)]
+    assert warm == [(i + 1, min(1.0, (i + 1) * B / 256)) for B in (64, 128) for i in range(D // B)]
+
+
+def test_losses_are_those_of_averaged_weights(tmp_path):
+    cfg, data = config(), m.Zipf(config())
+    trainer = m.Trainer(cfg, run_in(tmp_path), "1x8x1", [(1e-3, 0.9)], data.vocab)
+    before = trainer.evaluate(data)
+    trainer.rows.zero_()
+    assert torch.equal(trainer.evaluate(data), before)
+    trainer.averages.zero_()
+    assert trainer.evaluate(data)[0] == pytest.approx(math.log(data.vocab), rel=1e-5)
+
+
 # ---------------------------------------------------------------- command line
 FIELDS = ("script task scale tag seed argv commit method_hash data_sha256 device threads versions minutes tried "
           "metrics claims").split()
@@ -642,6 +736,18 @@ def test_wrong_tables(rejects, tmp_path):
     rejects(m.main, table("{\n", "t.jsonl"), "t.jsonl")
     rejects(m.main, table('{"N": 1, "D": 0}\n', "t.jsonl"), "t.jsonl:1", "D must be")
     rejects(m.main, table("\xff\xfe\n", "t.csv")[:1] + [tmp_path], "--fit")
+    for line, words in {"5": "a run", "[1]": "a run", '{"N": null, "D": 1, "loss": 2}': "N must",
+                        '{"N": "1", "D": 1, "loss": 2}': "N must", '{"N": 0, "C": 1, "loss": 2}': "N must",
+                        '{"N": 1, "D": 1, "loss": "2"}': "loss must", '{"N": 1, "D": 1, "loss": -2}': "loss must",
+                        '{"N": 1, "D": 1, "B": 8, "lr": "x", "loss": 2}': "lr must"}.items():
+        rejects(m.main, table(line + "\n", "t.jsonl"), "t.jsonl:1", *words.split())
+    for text in ("", '{"N": 1, "D": 1, "loss": null}\n'):
+        rejects(m.main, table(text, "t.jsonl"), "no run with a loss")
+    rejects(m.main, table("N,D,loss\n"), "no run with a loss")
+    two = [json.dumps(dict(N=1, D=1, B=8, lr=1, loss=2, data=name)) + "\n" for name in ("zipf", "text")]
+    rejects(m.main, table("".join(two), "t.jsonl"), "different data", "text, zipf")
+    (tmp_path / "taken").write_text("")
+    rejects(m.main, [*table("N,D,loss\n1,2,3\n2,3,4\n"), "--out", tmp_path / "taken"], "--out", "taken")
 
 
 def test_directories_of_another_run(rejects, smoke, tmp_path):
@@ -655,7 +761,8 @@ def test_directories_of_another_run(rejects, smoke, tmp_path):
 BAD = {
     "--colour red": "--colour -h", "--ste 5": "--ste", "--task chess": "chess zipf", "--scale huge": "huge smoke",
     "--tokens x": "--tokens", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
-    "--recommend": "--params --tokens", "--recommend --params 1e9 --tokens 100 --devices 64": "--tokens 64",
+    "--recommend": "--params --tokens", "--recommend --params 1e9 --tokens 1e10": "--seq-len", "--vocab-size 257": "256",
+    "--recommend --params 9 --tokens 100 --devices 64 --seq-len 64": "--tokens 64",
     "--scale paper": "--scale paper --data", "--fsdp": "--fsdp --lrs", "--data x": "--data --task",
     "--task text --data none.bin --seq-len 16": "--data none.bin", "--task text --tokens 1073741824": "--tokens held"}
 LIMITS = {  # settings of Config that it refuses
