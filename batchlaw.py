@@ -707,29 +707,32 @@ def noise_of(table, rows, use):
     return trace / signal if signal > 0 else math.nan
 
 
+def batches_and_rates(cells, rows, boots):
+    """What cells and their optima say of B_opt, of the smallest batch, and of the best rate: {name: (number, interval)},
+    None where there is no interval."""
+    slopes, found = gammas(cells), dict(cells=(len(cells), None), optima=(len(rows), None))
+    p, draws = batch_law(rows, len(cells), boots) or ((), None)
+    if len(p):
+        found |= dict(prefactor=(math.exp(p[0]), None), exponent=interval(p[1], draws[:, 1]))
+    if len(p) > 2:
+        half = size_law(rows, p)
+        for name, x in (("exponent_N", p[2]), ("D_less_N", abs(p[1]) - abs(p[2]))):
+            found[name] = x, (x - half, x + half) if half < math.inf else None
+    means = dict(gamma_below=slopes[:, 0], gamma_above=slopes[:, 1], penalty=penalty(cells))
+    return found | {name: mean for name, x in means.items() if (mean := mean_interval(x, boots))}
+
+
 def analyse(table, boots):
     """All laws of a table {name: (R,)}, for each arm: {"arm/measure": (number, interval or None)}, and the cells."""
-    first, arms, found, every = table["beta2"].min(), {}, {}, {}
-    arms["fixed"] = table["beta2"] == first
+    first, found, every = table["beta2"].min(), {}, {}
+    arms = dict(fixed=table["beta2"] == first)
     if len(set(table["beta2"])) > 1:
         arms["tuned"] = table["beta2"] >= first
     for arm, use in arms.items():
         cells = every[arm] = best_rates(table, use)
-        rows, best, slopes, here = optima(cells), best_losses(cells), gammas(cells), {}
-        here |= dict(cells=(len(cells), None), optima=(len(rows), None))
-        if fitted := batch_law(rows, len(cells), boots):
-            p, draws = fitted
-            here |= dict(prefactor=(math.exp(p[0]), None), exponent=interval(p[1], draws[:, 1]))
-            if len(p) > 2:
-                less, half = abs(p[1]) - abs(p[2]), size_law(rows, p)
-                for name, x in (("exponent_N", p[2]), ("D_less_N", less)):
-                    here[name] = x, (x - half, x + half) if half < math.inf else None
-        for i, name in enumerate(("gamma_below", "gamma_above")):
-            if np.isfinite(slopes[:, i]).sum() > 3:
-                here[name] = mean_interval(slopes[:, i], boots)
-        if np.isfinite(x := penalty(cells)).sum() > 3:
-            here["penalty"] = mean_interval(x, boots)
-        here |= surfaces(cells, best, boots) | extrapolation(cells, boots)
+        rows = optima(cells)
+        here = batches_and_rates(cells, rows, boots)
+        here |= surfaces(cells, best_losses(cells), boots) | extrapolation(cells, boots)
         if "noise_num" in table and len(rows) and math.isfinite(noise := noise_of(table, rows, use)):
             here["noise_by_B_opt"] = noise / math.exp(np.log(rows[:, 3]).mean()), None
         found |= {f"{arm}/{name}": x for name, x in here.items()}
@@ -843,8 +846,8 @@ class Trainer:
         return loss.view(len(logits), -1).sum(1)
 
     def gradients(self, ids, net=None):
-        """Gradients of the mean loss of all ranks' sequences ids (n, T + 1), in parts that fit; returns the loss (K,) of
-        this rank's."""
+        """Gradients of the mean loss of all ranks' sequences ids (n, T + 1), in parts that fit; returns the loss (K,)
+        of this rank's."""
         net, world, total = net or self.net, self.run.world, 0.0
         mine = ids[self.run.rank :: world] if net is self.net else ids
         self.optimizer.zero_grad(set_to_none=self.cfg.fsdp)
@@ -1250,6 +1253,22 @@ def read_csv(cfg, path, lines):
                      if name in given and (row.get(name) or key != "loss")}
 
 
+def check_run(cfg, path, line, row):
+    """A row of a file with its D, and B in tokens; the first thing that is wrong with it is said."""
+    if not isinstance(row, dict):
+        fail(f"{path}:{line}: not a run: a line is {{\"N\": ..., \"D\": ..., \"loss\": ...}}")
+    for key in ("N", "C", "D", "B", "lr", "beta2", "seed", "loss"):
+        need, x = key == "N" or key == "D" and "C" not in row, row.get(key)
+        good = isinstance(x, (int, float)) and (0 < x < math.inf or key == "seed" or key == "loss" and x != x)
+        if not good and (need or x is not None):
+            fail(f"{path}:{line}: {key} must be a number above 0, not {x!r}")
+    if "C" in row:
+        row["D"] = row["C"] / (6 * row["N"])
+    if row.get("B") and not path.endswith(".jsonl"):
+        row["B"] *= cfg.batch_unit
+    return row
+
+
 def read_runs(cfg):
     """The table {name: (R,)} of --fit; rows without a loss have nan."""
     rows, names = [], sorted({name for part in cfg.fit.split(",") for name in glob.glob(part)})
@@ -1262,20 +1281,9 @@ def read_runs(cfg):
             found = list(found)
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             fail(f"--fit {path}: {error}: runs.jsonl of finished runs, or a table FILE.csv with a line of names")
-        for line, row in found:
-            if not isinstance(row, dict):
-                fail(f"{path}:{line}: not a run: a line is {{\"N\": ..., \"D\": ..., \"loss\": ...}}")
-            for key in ("N", "C", "D", "B", "lr", "beta2", "seed", "loss"):
-                need, x = key == "N" or key == "D" and "C" not in row, row.get(key)
-                good = isinstance(x, (int, float)) and (0 < x < math.inf or key == "seed" or key == "loss" and x != x)
-                if not good and (need or x is not None):
-                    fail(f"{path}:{line}: {key} must be a number above 0, not {x!r}")
-            if "C" in row:
-                row["D"] = row["C"] / (6 * row["N"])
-            if row.get("B") and not path.endswith(".jsonl"):
-                row["B"] *= cfg.batch_unit
-            if not (cfg.max_loss and (row.get("loss") or 0) > cfg.max_loss):
-                rows.append(row)
+        rows += [check_run(cfg, path, line, row) for line, row in found]
+    if cfg.max_loss:
+        rows = [row for row in rows if (row.get("loss") or 0) <= cfg.max_loss]
     if not any(row.get("loss") for row in rows):
         fail(f"--fit {cfg.fit}: there is no run with a loss")
     if len(kinds := {row.get("data") for row in rows}) > 1:

@@ -304,7 +304,8 @@ def sweep_of(exponent=0.4, exponent_N=0.0, gamma=0.75, batches=2.0 ** np.arange(
                 for B in batches:
                     best = m.law(p, N, D) * (1 + 0.003 * math.log(B / at) ** 2)
                     lr0 = 1e-3 * min(1, B / at) ** gamma
-                    rows += [dict(seed=seed, N=N, D=D, B=B, lr=1e-3 * 2.0**i, beta2=0.95, noise_num=6 * at, noise_den=3.0,
+                    rows += [dict(seed=seed, N=N, D=D, B=B, lr=1e-3 * 2.0**i, beta2=0.95, noise_num=6 * at,
+                                  noise_den=3.0,
                                   loss=best * (1 + 0.01 * math.log(1e-3 * 2.0**i / lr0) ** 2)) for i in range(-5, 3)]
     return rows
 
@@ -761,7 +762,8 @@ def test_directories_of_another_run(rejects, smoke, tmp_path):
 BAD = {
     "--colour red": "--colour -h", "--ste 5": "--ste", "--task chess": "chess zipf", "--scale huge": "huge smoke",
     "--tokens x": "--tokens", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
-    "--recommend": "--params --tokens", "--recommend --params 1e9 --tokens 1e10": "--seq-len", "--vocab-size 257": "256",
+    "--recommend": "--params --tokens", "--recommend --params 1e9 --tokens 1e10": "--seq-len",
+    "--vocab-size 257": "256",
     "--recommend --params 9 --tokens 100 --devices 64 --seq-len 64": "--tokens 64",
     "--scale paper": "--scale paper --data", "--fsdp": "--fsdp --lrs", "--data x": "--data --task",
     "--task text --data none.bin --seq-len 16": "--data none.bin", "--task text --tokens 1073741824": "--tokens held"}

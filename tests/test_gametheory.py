@@ -741,7 +741,8 @@ def test_wrong_pictures(pictures, rejects, tmp_path):
         rejects(m.main, [*argv, *data, *size, "--load", wrong], "--load", str(wrong), "timm")
     rejects(m.main, [*argv, *data, *size, *load, "--n-layer", "2"], "--load", "--n-layer")
     (tmp_path / "broken.jpg").write_text("text")
-    rejects(lambda argv: m.Images(images(), "related", 0).read(*argv), [tmp_path / "broken.jpg"], "broken.jpg", "not a picture")
+    world = m.Images(images(), "related", 0)
+    rejects(lambda argv: world.read(*argv), [tmp_path / "broken.jpg"], "broken.jpg", "not a picture")
 
 
 # ---------------------------------------------------------------- command line
@@ -921,7 +922,8 @@ BAD = {
     "--scale huge": "huge smoke", "--dtype bfloat16": "bfloat16 float32", "--steps x": "--steps",
     "--arms related,": "--arms", "--seed -1": "--seed 0", "--n-train many": "--n-train many",
     "--kernels": "--kernels CUDA",
-    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --task images", "--explain 8": "--explain 8 7",
+    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --task images",
+    "--explain 8": "--explain 8 7",
     "--explain x.npy": "--explain --callable", "--interactions or": "or and-or"}
 LIMITS = {  # settings of Config that it refuses
     "arms": ["", "related,related", "scratch", "related "], "n_train": ["5,50", "50,40", "50,50", "50,", "0"],
