@@ -708,7 +708,7 @@ def noise_of(table, rows, use):
 
 
 def batches_and_rates(cells, rows, boots):
-    """What cells and their optima say of B_opt, of the smallest batch, and of the best rate: {name: (number, interval)},
+    """What cells and their optima say of B_opt, of the smallest batch, of the best rate: {name: (number, interval)},
     None where there is no interval."""
     slopes, found = gammas(cells), dict(cells=(len(cells), None), optima=(len(rows), None))
     p, draws = batch_law(rows, len(cells), boots) or ((), None)
