@@ -68,18 +68,20 @@ def table(records, columns):
 
 
 def claims(records, verdict):
-    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval."""
+    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval. A claim that
+    some seeds could not measure says so."""
     lines = []
-    for claim in records[0]["claims"]:
+    for claim in {c["id"]: c for r in records for c in r["claims"]}.values():
         same = [c for r in records for c in r["claims"] if c["id"] == claim["id"]]
         values, limit = [c["statistic"] for c in same], claim["threshold"]
-        if len(same) < len(records) or {c["threshold"] for c in same} != {limit}:
-            raise ValueError(f"claim {claim['id']} is missing in a record or has two thresholds")
-        mean, (low, high), over = statistics.fmean(values), claim["ci"], "of the run"
+        if {c["threshold"] for c in same} != {limit}:
+            raise ValueError(f"claim {claim['id']} has two thresholds")
+        mean, (low, high), over = statistics.fmean(values), same[0]["ci"], "of the run"
         if len(values) > 1:
             low, high, over = mean - half_width(values), mean + half_width(values), "over seeds"
+        few = f" (measured in {len(same)} of {len(records)} seeds)" if len(same) < len(records) else ""
         lines.append(f"- {claim['id']}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
-                     f"threshold {limit:.4g}: {verdict(mean, [low, high], limit)}\n")
+                     f"threshold {limit:.4g}: {verdict(mean, [low, high], limit)}{few}\n")
     return "".join(lines)
 
 
