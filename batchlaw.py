@@ -1345,6 +1345,7 @@ def plot_laws(path, cells):
         labels = ("B, tokens", "loss above the best"), ("D, tokens", "best B, tokens"), ("B, tokens", "best rate")
         for axes, (x, y) in zip(row, labels):
             axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+            axes.xaxis.set_minor_formatter("")
         row[0].set(title=f"{arm}, N {top:.3g}", yscale="linear")
         row[0].legend(fontsize="x-small")
         row[1].legend(fontsize="x-small")
