@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 SMOKE = ["--scale", "smoke"]
 ONE = ("--arms", "related", "--n-train", "20")
-TILES = ("--task", "tiles", *ONE, "--seeds", "1")
 SHAPES = ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
 
 
@@ -750,7 +749,7 @@ FIELDS = ("script task scale tag seed argv commit method_hash data_sha256 device
           "metrics claims").split()
 
 
-@pytest.mark.parametrize("argv", [(), TILES, SHAPES], ids=["concepts", "tiles", "shapes"])
+@pytest.mark.parametrize("argv", [(), SHAPES], ids=["concepts", "shapes"])
 def test_smoke(smoke, argv):
     """Alone: every file, every field of RESULT, a row for each arm and size, no claim."""
     run = smoke("gametheory", *argv)
