@@ -1372,6 +1372,8 @@ def print_recommendation(cfg):
     best, first = [row["tokens"] for row in rows if row["kind"] == "best at fixed data"], rows[0]
     print(f"the laws of the best batch at fixed data differ by a factor of {max(best) / min(best):.1f}; rates are "
           f"StepLaw's, below its batch times (B / its batch)^0.75; DeepSeek has {0.3118 * (6 * N * D) ** -0.125:.2e}")
+    powers = ", ".join(f"{name} as C^{power}" for name, power in FRONTIER.items())
+    print(f"at fixed compute C the paper's best grow: {powers} [S]")
     print(f"take the first: {first['used']:,} tokens = {first['accumulation']} x {cfg.devices} devices x {micro} "
           f"sequences of {T}, {first['steps']:,} steps, lr {first['lr']:.2e}")
     return rows

@@ -705,7 +705,8 @@ def compare(cfg, world, fine, scratch, floor):
     return found | by_fine, by_scratch, curves
 
 
-# Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
+# Fixed before the evidence, from the paper's claims: id, statistic, threshold, what would refute it. Those with _unit,
+# coin, learning, on_task and random's similarity were added after a first run that is not reported.
 # "arm/size of training/measure": a ratio of sums over held-out inputs; mean and interval are over worlds.
 CLAIMS = [
     ("most-is-discarded", "related/400/discarded", 0.5, "fine-tuning keeps half of the interactions or more"),

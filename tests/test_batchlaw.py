@@ -285,6 +285,7 @@ def test_recommend_prints_the_disagreement(here, capsys):
     rows = m.main(argv)
     text = capsys.readouterr().out
     assert "WARNING" not in text and "differ by a factor of" in text and "4 x 64 devices x 8" in text
+    assert "B as C^0.102" in text
     assert all(f"{row['tokens']:,.0f}" in text for row in rows) and list(here.iterdir()) == []
     m.main("--recommend --params 7e9 --tokens 3e11 --seq-len 2048".split())
     assert "WARNING" in capsys.readouterr().out
