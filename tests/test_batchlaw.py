@@ -18,23 +18,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMOKE = ["--scale", "smoke"]
 ONE = ("--sizes", "1x8x1", "--batches", "64,128", "--tokens", "1024", "--points", "2")
 TEXT = ("--task", "text", "--sizes", "1x8x1", "--batches", "256", "--seq-len", "32", "--tokens", "2048")
 CHINCHILLA = np.array([math.log(477.83), math.log(2143.4), math.log(1.81721), 0.34731, 0.36717])
 SURFACE = np.array([math.log(170), math.log(4.0), math.log(3.4), math.log(0.474), 0.294, 0.2, 0.105])
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -11,24 +11,17 @@ import sys
 
 import batchlaw as m
 import pytest
-import torch
 
 SMOKE = ["--scale", "smoke"]
 ONE = ("--sizes", "1x8x1", "--batches", "64,128", "--tokens", "1024", "--points", "2")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread; no plot, no stage A, no timing. The handler of Ctrl-C comes back."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+def quick(monkeypatch, one_thread):
+    """No plot, no stage A, no timing."""
     monkeypatch.setattr(m, "plot_laws", lambda *_: None)
     monkeypatch.setattr(m, "quadratic_world", dict)
     monkeypatch.setattr(m, "ledger", lambda *_: {})
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 def steady(path):

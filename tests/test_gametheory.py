@@ -5,11 +5,9 @@ import copy
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import signal
 
 import gametheory as m
 import numpy as np
@@ -19,21 +17,11 @@ import torch.nn.functional as F
 from matplotlib.image import imsave
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMOKE = ["--scale", "smoke"]
 ONE = ("--arms", "related", "--n-train", "20")
 SHAPES = ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
