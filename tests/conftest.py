@@ -46,6 +46,18 @@ socket.socket.connect_ex = guard(socket.socket.connect_ex)
 """
 
 
+@pytest.fixture
+def one_thread(monkeypatch):
+    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, handler)
+
+
 # ---------------------------------------------------------------- running a script as a user does
 class Alone:
     """Run a script as somebody has it who copied that one file: no repository, no network, no TRITON_*."""

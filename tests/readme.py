@@ -4,8 +4,9 @@
 
 python tests/readme.py          # one line per difference or mistake, status 1 when there is one
 python tests/readme.py --write  # fill the regions first
-A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b -->` (the columns may be left out)
-and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json.
+A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b claims: c, d -->` (columns and claims may be
+left out) and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json. Where claims are
+named the others are counted by their verdicts.
 Run it with Python 3.11: the hash of a syntax tree differs between Python versions.
 """
 import contextlib
@@ -20,7 +21,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)? -->\n).*?(<!-- end results -->)", re.S)
+REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: (.*?))? -->\n).*?"
+                    r"(<!-- end results -->)", re.S)
 COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b([^\n`#|&;<>()]*)")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile, 1 to 9 degrees
 
@@ -67,19 +69,29 @@ def table(records, columns):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def claims(records, verdict):
-    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval."""
-    lines = []
-    for claim in records[0]["claims"]:
+def claims(records, verdict, named=()):
+    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval. A claim that
+    some seeds could not measure says so. Where some are named, the others are only counted."""
+    lines, others = [], {}
+    for claim in {c["id"]: c for r in records for c in r["claims"]}.values():
         same = [c for r in records for c in r["claims"] if c["id"] == claim["id"]]
         values, limit = [c["statistic"] for c in same], claim["threshold"]
-        if len(same) < len(records) or {c["threshold"] for c in same} != {limit}:
-            raise ValueError(f"claim {claim['id']} is missing in a record or has two thresholds")
-        mean, (low, high), over = statistics.fmean(values), claim["ci"], "of the run"
+        if {c["threshold"] for c in same} != {limit}:
+            raise ValueError(f"claim {claim['id']} has two thresholds")
+        mean, (low, high), over = statistics.fmean(values), same[0]["ci"], "of the run"
         if len(values) > 1:
             low, high, over = mean - half_width(values), mean + half_width(values), "over seeds"
+        outcome = verdict(mean, [low, high], limit)
+        if named and claim["id"] not in named:
+            others[outcome] = others.get(outcome, 0) + 1
+            continue
+        few = f" (measured in {len(same)} of {len(records)} seeds)" if len(same) < len(records) else ""
         lines.append(f"- {claim['id']}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
-                     f"threshold {limit:.4g}: {verdict(mean, [low, high], limit)}\n")
+                     f"threshold {limit:.4g}: {outcome}{few}\n")
+    if missing := set(named) - {c["id"] for r in records for c in r["claims"]}:
+        raise ValueError(f"no claim named {', '.join(sorted(missing))}")
+    if others:
+        lines.append(f"- the other claims: {', '.join(f'{n} {outcome}' for outcome, n in sorted(others.items()))}\n")
     return "".join(lines)
 
 
@@ -105,14 +117,14 @@ def source(records, script):
             f"{' and '.join(facts)}{stale}\n")
 
 
-def render(key, columns, root):
+def render(key, columns, named, root):
     """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
     paths = [p for p in (root / "results").glob("*.json") if re.fullmatch(re.escape(key) + r"-s\d+", p.stem)]
     records = sorted((json.loads(path.read_text()) for path in paths), key=lambda r: r["seed"])
     if not records:
         raise ValueError(f"there is no results/{key}-s<seed>.json")
     script = load(root / f"{records[0]['script']}.py")
-    parts = table(records, columns), claims(records, script.verdict), source(records, script)
+    parts = table(records, columns), claims(records, script.verdict, named), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
 
@@ -123,7 +135,8 @@ def generate(text, root):
     def fill(match):
         used.add(match[2])
         try:
-            return match[1] + render(match[2], re.split(", *", match[3]) if match[3] else [], root) + match[4]
+            columns, named = (re.split(", *", x) if x else [] for x in (match[3], match[4]))
+            return match[1] + render(match[2], columns, named, root) + match[5]
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]

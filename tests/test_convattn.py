@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMOKE = ["--scale", "smoke"]
 TEXT, CHE = ("--task", "text", "--arms", "kerple+1x3,rope"), ("--task", "che", "--arms", "kerple+1x3,kerple")
 TINY = dict(n_head=2, n_embd=8, conv_width=3, seq_len=6, eval_lens="128,256")
@@ -31,18 +33,6 @@ CPU = torch.device("cpu")
 KERNELS, EDGES = (1, 3, 5), ("extend", "official")
 each_kernel, each_edge = pytest.mark.parametrize("k", KERNELS), pytest.mark.parametrize("edge", EDGES)
 each_encoding = pytest.mark.parametrize("encoding", m.ENCODINGS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -7,10 +7,8 @@ import copy
 import itertools
 import json
 import math
-import os
 import re
 import shlex
-import signal
 from types import SimpleNamespace
 
 import flatquant as m
@@ -20,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LLAMA = dict(model_type="llama", hidden_size=48, intermediate_size=80, num_hidden_layers=2, vocab_size=256,
              num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 QWEN = LLAMA | dict(model_type="qwen2", tie_word_embeddings=False)
@@ -28,18 +28,6 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor
 FULL, SMOKE = dict(w_bits=16, a_bits=16), ["--scale", "smoke"]
 LEARNED = [arm for arm, plan in m.ARMS.items() if plan.get("rotation") == "learned"]
 kinds = pytest.mark.parametrize("kind", [LLAMA, QWEN], ids=["llama", "qwen2"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -5,11 +5,9 @@ import copy
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import signal
 
 import gametheory as m
 import numpy as np
@@ -19,22 +17,11 @@ import torch.nn.functional as F
 from matplotlib.image import imsave
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMOKE = ["--scale", "smoke"]
 ONE = ("--arms", "related", "--n-train", "20")
-TILES = ("--task", "tiles", *ONE, "--seeds", "1")
 SHAPES = ("--task", "shapes", "--arms", "random", "--n-train", "20", "--seeds", "1")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
@@ -741,7 +728,8 @@ def test_wrong_pictures(pictures, rejects, tmp_path):
         rejects(m.main, [*argv, *data, *size, "--load", wrong], "--load", str(wrong), "timm")
     rejects(m.main, [*argv, *data, *size, *load, "--n-layer", "2"], "--load", "--n-layer")
     (tmp_path / "broken.jpg").write_text("text")
-    rejects(lambda argv: m.Images(images(), "related", 0).read(*argv), [tmp_path / "broken.jpg"], "broken.jpg", "not a picture")
+    world = m.Images(images(), "related", 0)
+    rejects(lambda argv: world.read(*argv), [tmp_path / "broken.jpg"], "broken.jpg", "not a picture")
 
 
 # ---------------------------------------------------------------- command line
@@ -749,7 +737,7 @@ FIELDS = ("script task scale tag seed argv commit method_hash data_sha256 device
           "metrics claims").split()
 
 
-@pytest.mark.parametrize("argv", [(), TILES, SHAPES], ids=["concepts", "tiles", "shapes"])
+@pytest.mark.parametrize("argv", [(), SHAPES], ids=["concepts", "shapes"])
 def test_smoke(smoke, argv):
     """Alone: every file, every field of RESULT, a row for each arm and size, no claim."""
     run = smoke("gametheory", *argv)
@@ -921,7 +909,8 @@ BAD = {
     "--scale huge": "huge smoke", "--dtype bfloat16": "bfloat16 float32", "--steps x": "--steps",
     "--arms related,": "--arms", "--seed -1": "--seed 0", "--n-train many": "--n-train many",
     "--kernels": "--kernels CUDA",
-    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --task images", "--explain 8": "--explain 8 7",
+    "--device cuda": "--device cuda auto", "--scale paper": "--scale paper --task images",
+    "--explain 8": "--explain 8 7",
     "--explain x.npy": "--explain --callable", "--interactions or": "or and-or"}
 LIMITS = {  # settings of Config that it refuses
     "arms": ["", "related,related", "scratch", "related "], "n_train": ["5,50", "50,40", "50,50", "50,", "0"],

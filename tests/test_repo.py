@@ -180,8 +180,8 @@ def depth(node):
     return max(map(below, ast.iter_child_nodes(node)), default=0) + isinstance(node, NESTS)
 
 
-LONGER = dict(mdm=(1560, 1370), flatquant=(1430, 1020), convattn=(1000, 800), gametheory=(1300, 1140))  # all that was
-# asked for in one file
+LONGER = dict(mdm=(1560, 1370), flatquant=(1430, 1020), convattn=(1000, 800), gametheory=(1300, 1140),
+              batchlaw=(1460, 1300))  # all that was asked for in one file
 
 
 @each_script

@@ -208,10 +208,36 @@ def test_readme_mistakes(repository, capsys, readme_text, words):
 
 def test_readme_refuses_a_misnamed_record_and_two_thresholds(repository, capsys):
     edit(repository / "results" / "toy-t-small-main-s1.json", seed=7)
-    edit(repository / "results" / "toy-t-small-main-s2.json", claims=[])
+    claim = {"id": "c1", "statistic": 1.0, "ci": [0.0, 9.0], "threshold": 0.5}
+    edit(repository / "results" / "toy-t-small-main-s2.json", claims=[claim])
     assert readme.main(["--write"], repository) == 1
     out = capsys.readouterr().out
-    assert "toy-t-small-main-s1.json: the name is not" in out and "claim c1 is missing" in out
+    assert "toy-t-small-main-s1.json: the name is not" in out and "claim c1 has two thresholds" in out
+
+
+def test_readme_counts_claims_that_are_not_named(repository, capsys):
+    more = [{"id": f"c{i}", "statistic": float(i), "ci": [i - 1.0, i + 1.0], "threshold": 2.5} for i in range(5)]
+    for seed in range(3):
+        edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=more)
+    (repository / "README.md").write_text(REGION.replace(" -->\nformer", " claims: c4, c0 -->\nformer"))
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "- c0: 0" in text and "- c4: 4" in text and "c1: " not in text and "| arm | nll | acc x |" in text
+    assert "- the other claims: 1 HOLDS, 2 INCONCLUSIVE" in text
+    (repository / "README.md").write_text(text.replace("c4, c0", "c9"))
+    assert readme.main(["--write"], repository) == 1 and "no claim named c9" in capsys.readouterr().out
+
+
+def test_readme_says_how_many_seeds_measured_a_claim(repository):
+    """Seeds 1 and 2, of 2 and 3: mean 2.5, t(1) = 12.706; no seed but one: its own interval."""
+    edit(repository / "results" / "toy-t-small-main-s0.json", claims=[])
+    assert readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "c1: 2.5, 95 % interval over seeds [-3.853, 8.853]" in text and "(measured in 2 of 3 seeds)" in text
+    edit(repository / "results" / "toy-t-small-main-s1.json", claims=[])
+    assert readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "c1: 3, 95 % interval of the run [0, 9]" in text and "(measured in 1 of 3 seeds)" in text
 
 
 def test_interval_uses_the_t_quantile_beyond_the_table():
