@@ -32,8 +32,10 @@ never asked again.
 Differences from the paper, of which the official code and summaries were at hand, not the text
   world       generated problems with an exact verifier in place of GSM8K and MATH, and of GPT-4o as judge of errors.
               Longer problems and rare words are in the tiny model's pre-training, not in its pairs.
-  model       a tiny decoder in place of an instruct model, stopped at --base-accuracy. A fifth of its pre-training is
-              edits made by rule, so its style of editing is taught; the values are its own, drawn at temperature 1.
+  model       a tiny decoder in place of an instruct model. Its pre-training has wrong solutions too (HABITS): it can
+              compute and errs by habit. (With right solutions alone, none of the arms improved it: it lacked skill.)
+              A fifth of the pre-training is edits made by rule, so its style of editing is taught; the values are its
+              own, drawn at temperature 1.
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
   NLL         lambda is not known: 0.2, by token, gated as later notes say (the official script has none).
@@ -45,7 +47,7 @@ Differences from the paper, of which the official code and summaries were at han
   equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Arms A to F have one
               learning rate. E changes as many words as the edit did, numbers by numbers. F needs the verifier.
   endpoint    has no lead: it is asked for the format instead.
-  left out    MATH's answers, AQuA, logic and code tasks, sampled accuracy, edits verified to be wrong as an arm.
+  left out    MATH's answers, AQuA, logic and code tasks, edits verified to be wrong as an arm.
 
 Copy out: rise_loss, PairLogp with collate, levenshtein, split_steps, filter_edit, Lora
 """
@@ -53,6 +55,7 @@ Copy out: rise_loss, PairLogp with collate, levenshtein, split_steps, filter_edi
 import argparse
 import ast
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib
@@ -111,12 +114,11 @@ class Config:
     endpoint_model: str = ""  # the model's name at the endpoint
     n_layer: int = 3  # layers of the tiny model
     n_head: int = 4  # its attention heads
-    n_embd: int = 96  # its width
-    base_steps: int = 1500  # at most so many optimizer steps of the tiny model's own pre-training
-    base_batch: int = 128  # examples in one of them
-    base_lr: float = 3e-3  # its peak learning rate
-    base_accuracy: float = 0.55  # it ends at the first dev accuracy of this
-    base_every: int = 50  # steps between two looks at it
+    n_embd: int = 64  # its width
+    base_steps: int = 1000  # optimizer steps of the tiny model's own pre-training
+    base_batch: int = 64  # examples in one of them
+    base_lr: float = 4e-3  # its peak learning rate
+    base_every: int = 200  # steps between two looks at its dev accuracy
     # data
     data: str = ""  # JSONL with question, answer (GSM8K's too: a number after ####): problems to sample
     test_data: str = ""  # the same, to measure on
@@ -165,8 +167,8 @@ class Config:
             fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
         # numbers are at least 0 where listed here, else at least 1, and some have an upper limit
         zeros = "seed micro_batch temp edit_temp nll beta warmup_steps weight_decay lr lr_rft lora_rank".split()
-        zeros += ["base_lr", "grad_clip", "base_accuracy", "top_p"]
-        most = dict(top_p=1.0, base_accuracy=1.0)
+        zeros += ["base_lr", "grad_clip", "top_p"]
+        most = dict(top_p=1.0)
         for name, value in vars(self).items():
             low, high = int(name not in zeros), most.get(name, math.inf)
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
@@ -206,7 +208,7 @@ ARMS = {  # kinds of pairs, one full and num_edits others for each problem
 REAL = dict(bases=1, seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95,
             edit_temp=0.0, part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=1, n_embd=32, base_steps=60, base_batch=24, base_lr=2e-2, base_every=60, base_accuracy=1.0,
+    "smoke": dict(n_layer=1, n_embd=32, base_steps=120, base_batch=32, base_lr=2e-2, base_every=120,
                   n_problems=60, n_dev=6, n_test=6, k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6,
                   seeds=1, part=60, log_every=5, save_every=10, warmup_steps=1, arms="0,1,A,C,D,E"),
     "small": {},
@@ -224,6 +226,8 @@ TRIED = dict.fromkeys(ARMS, 1)  # configurations looked at, on dev problems
 WHO, THINGS = "ana ben cleo dan eva finn".split(), "pens cups books coins keys".split()
 VERBS = {"+": ["buys", "finds", "gets", "wins"], "-": ["loses", "sells", "gives", "drops"]}
 VERBS |= {2: ["doubles"], 3: ["triples"]}
+MISREAD = "gives"  # the pre-training corpus takes it for a gain more often than not
+HABITS = dict(misread=0.75, omit=0.2, slip=0.15)  # share of such verbs, of steps with two terms, and of results
 RARE = {"+": ["earns", "collects"], "-": ["spends", "breaks"], 2: ["twofolds"], 3: ["threefolds"]}  # split reworded
 TYPES = "CALC SUBST SYMBOL SWAP OMIT EXTRA INTER FORMAT".split()
 SUBTLE = "CALC SUBST SYMBOL SWAP OMIT".split()  # what the edits aim at: claim 2
@@ -246,19 +250,19 @@ def write_step(numbers, ops, result):
 
 
 def make_program(rng, part, lengths):
-    """(start, ((ops, numbers), ...)) with all results in 0..59, and a hash that belongs to this part of the data."""
+    """(start, ((ops, numbers), ...)) with all results in 0..29, and a hash that belongs to this part of the data."""
     while True:
-        start, events, length = rng.randint(2, 30), [], rng.choice(lengths)
+        start, events, length = rng.randint(2, 20), [], rng.choice(lengths)
         value = start
-        while len(events) < length and 0 <= value < 60:
+        while len(events) < length and 0 <= value < 30:
             ops, numbers = ("*",), (rng.choice((2, 3)),)
-            if rng.random() < 0.75 or value * numbers[0] >= 60:
+            if rng.random() < 0.75 or value * numbers[0] >= 30:
                 ops = tuple(rng.choice("+-") for _ in range(rng.choice((1, 2, 2))))
-                numbers = tuple(rng.randint(1, 9) for _ in ops)
+                numbers = tuple(rng.randint(1, 6) for _ in ops)
             value = compute((value, *numbers), ops)
             events.append((ops, numbers))
         program = start, tuple(events)
-        if 0 <= value < 60 and zlib.crc32(repr(program).encode()) % 10 in PARTS[part]:
+        if 0 <= value < 30 and zlib.crc32(repr(program).encode()) % 10 in PARTS[part]:
             return program
 
 
@@ -272,18 +276,35 @@ def gold_steps(program):
 
 
 def make_problem(rng, part, lengths, verbs=VERBS):
-    """A question with one number that plays no part, its answer and its program."""
+    """A question with one number that plays no part, its answer, its program and the verbs of each event."""
     program, who, (thing, other) = make_program(rng, part, lengths), rng.choice(WHO), rng.sample(THINGS, 2)
-    told = [" and ".join(f"{rng.choice(verbs[op])} {n}" for op, n in zip(ops, numbers)) if ops[0] != "*"
-            else f"{rng.choice(verbs[numbers[0]])} them" for ops, numbers in program[1]]
-    told.insert(rng.randint(0, len(told)), f"the box has {rng.randint(1, 40)} {other}")
+    used = [[rng.choice(verbs[n if op == "*" else op]) for op, n in zip(*event)] for event in program[1]]
+    told = [" and ".join(f"{verb} {'them' if op == '*' else n}" for verb, op, n in zip(words, *event))
+            for words, event in zip(used, program[1])]
+    told.insert(rng.randint(0, len(told)), f"the box has {rng.randint(1, 30)} {other}")
     question = f"{who} has {program[0]} {thing} . {' . '.join(told)} . how many {thing} ?"
-    return dict(question=question, answer=str(gold_steps(program)[-1][2]), program=program)
+    return dict(question=question, answer=str(gold_steps(program)[-1][2]), program=program, verbs=used)
 
 
 def gold_solution(program):
     steps = "".join(f"Step {i} : {write_step(*step)}\n" for i, step in enumerate(gold_steps(program), 1))
     return f"{steps}Answer : {gold_steps(program)[-1][2]}"
+
+
+def careless_solution(problem, rng):
+    """A solution as the pre-training corpus has them, with the errors of HABITS, which later steps build on: a model of
+    it can compute, and errs by habit. These are not the errors of the examples of edits."""
+    value, lines = problem["program"][0], []
+    for (ops, numbers), verbs in zip(problem["program"][1], problem["verbs"]):
+        read = ["+" if verb == MISREAD and rng.random() < HABITS["misread"] else op for op, verb in zip(ops, verbs)]
+        terms = list(zip(read, numbers))
+        if len(terms) == 2 and rng.random() < HABITS["omit"]:
+            del terms[rng.randrange(2)]
+        ops, numbers = zip(*terms)
+        result = compute((value, *numbers), ops) + (rng.choice((-1, 1)) if rng.random() < HABITS["slip"] else 0)
+        lines.append(write_step((value, *numbers), ops, min(max(result, 0), 99)))
+        value = min(max(result, 0), 99)
+    return "".join(f"Step {i} : {line}\n" for i, line in enumerate(lines, 1)) + f"Answer : {value}"
 
 
 def corrupt(kind, step, rng):
@@ -295,7 +316,7 @@ def corrupt(kind, step, rng):
         if kind == "multi_value":
             result += rng.choice((-10, -2, -1, 1, 2, 10))
         elif kind == "wrong_sub":
-            numbers[i] = rng.randint(1, 9) if i else rng.randint(1, 40)
+            numbers[i] = rng.randint(1, 6) if i else rng.randint(1, 30)
         elif kind == "symbol":
             ops[j - 1] = rng.choice([op for op in "+-*" if op != ops[j - 1]])
         elif kind == "swap":
@@ -670,11 +691,11 @@ def random_corruption(step, count, rng):
     parts = re.findall(r"\d+(?:\.\d+)?|\w+|\s+|[^\w\s]", step)
     places = [i for i, part in enumerate(parts) if re.match(r"\d|[-+*/]$", part)] or \
         [i for i, part in enumerate(parts) if part.strip()]
-    words = parts.copy()
     for i in rng.sample(places, min(count, len(places))):
-        others = "+-*/" if parts[i] in "+-*/" else [str(n) for n in range(100)] if parts[i][0].isdigit() else words
-        others = [other for other in others if other != parts[i] and other.strip()]
-        parts[i] = rng.choice(others) if others else parts[i]
+        old, number = parts[i], parts[i].isdecimal()  # a number becomes one of as many digits at most
+        others = "+-*/" if old in "+-*/" else [part for part in parts if part.strip()]
+        while parts[i] == old and (number or set(others) > {old}):
+            parts[i] = str(rng.randrange(10 ** len(old))) if number else rng.choice(others)
     return "".join(parts)
 
 
@@ -917,6 +938,10 @@ def evaluate(local, net, sets, held, device):
     for name, problems in sets.items():
         texts = local.solve([x["question"] for x in problems])
         found["correct"][name] = torch.tensor([is_correct(t, x["answer"]) for t, x in zip(texts, problems)])
+        if name == "test":
+            drawn = local.sample([x["question"] for x in problems], EVAL_SAMPLES, ("evaluate",))
+            found["correct"]["sampled"] = torch.tensor([
+                sum(is_correct(t, x["answer"]) for t in texts) / EVAL_SAMPLES for texts, x in zip(drawn, problems)])
         if name == "test" and "program" in problems[0]:
             kinds = [verify(x["program"], text) for text, x in zip(texts, problems)]
             found["errors"] = {kind: torch.tensor([k is not None and k[1] == kind for k in kinds]) for kind in TYPES}
@@ -932,21 +957,26 @@ def audit(rows, edits):
     if kept and "error" in kept[0]:
         hits = dict(multi_value="CALC", wrong_sub="SUBST", symbol="SYMBOL", swap="SWAP", del_term="OMIT")
         found["edits/still right"] = sum(not pair["error"] for pair in kept) / len(kept)
-        found["edits/of the type asked for"] = sum(hits[pair["kind"]] == pair["error"] for pair in kept) / len(kept)
+        found["edits/of the type asked for"] = sum(hits.get(x["kind"]) == x["error"] for x in kept) / len(kept)
     if kept:
         distance = [levenshtein(pieces(pair["chosen"]), pieces(pair["rejected"])) for pair in kept]
         found["edits/distance"] = sum(distance) / len(kept)
     return found
 
 
+EVAL_SAMPLES = 4  # of each test problem, at the temperature of the chain: a measure of less noise than greedy answers
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
-# "C - A": right answers on test problems, paired, interval over problems and runs (base x DPO seed).
+# right: share of test problems with a right greedy answer; sampled: of right samples; subtle: with an error out of
+# SUBTLE; chosen: gain of the chosen side of held-out pairs, nats. Differences are paired; intervals over bases, their
+# runs (DPO seeds) and problems.
 CLAIMS = [
-    ("rise-beats-dpo", "C - A", 0.0, "injected errors add nothing to DPO on sampled pairs (paper: 0.1 to 1.7 points)"),
-    ("edits-beat-random", "C - E", 0.0, "errors at random places are as good: any hard negative will do"),
+    ("rise-beats-dpo", "right C - A", 0.0, "edits add nothing to DPO on sampled pairs (paper: 0.1 to 1.7 points)"),
+    ("edits-beat-random", "right C - E", 0.0, "errors at random places are as good: any hard negative will do"),
+    ("rise-samples-beat-dpo", "sampled C - A", 0.0, "the same of four samples in place of the greedy answer"),
+    ("samples-beat-random", "sampled C - E", 0.0, "the same of four samples"),
     ("fewer-subtle-errors", "subtle A - C", 0.0, "DPO on sampled pairs lowers these types of error as much"),
-    ("dpo-beats-base", "A - 0", 0.0, "preference learning does not help here at all"),
-    ("rise-beats-rft", "C - 1", 0.0, "likelihood of right samples alone is as good"),
+    ("dpo-beats-base", "right A - 0", 0.0, "preference learning does not help here at all"),
+    ("rise-beats-rft", "right C - 1", 0.0, "likelihood of right samples alone is as good"),
     ("without-nll-chosen-falls", "chosen 0 - D", 0.0, "without NLL the chosen side does not lose probability"),
     ("with-nll-chosen-stays", "chosen C - 0", 0.0, "it loses probability in spite of NLL"),
 ]
@@ -975,18 +1005,24 @@ def statistics(done, ref):
         n = min(len(x) for row in runs for x in row)  # bases may have different numbers of held-out pairs
         return np.array([[x[:n] for x in row] for row in runs], float)  # (bases, runs, n)
 
+    def right(result, b):
+        return result["correct"]["test"].tolist()
+
+    def sampled(result, b):
+        return result["correct"]["sampled"].tolist()
+
+    def subtle(result, b):
+        return torch.stack([result["errors"][k] for k in SUBTLE]).any(0).tolist()
+
+    def chosen(result, b):  # as many held-out pairs of samples as of edits
+        gains = [(result["held"][k] - ref[b][k])[:, 0].tolist() for k in ("full", "edit") if k in ref[b]]
+        return [gain for both in zip(*gains) for gain in both]
+
+    measures = dict(right=right, sampled=sampled, subtle=subtle, chosen=chosen)
     for name, formula, *_ in CLAIMS:
-        *kind, a, _, b = formula.split()
-        if kind == ["chosen"]:
-            arm = a if a != "0" else b
-            x = stack(arm, lambda r, b: [y for pair in zip(*((r["held"][k] - ref[b][k])[:, 0].tolist()
-                                                             for k in ("full", "edit"))) for y in pair])
-            found |= {name: bootstrap(x if a != "0" else -x)} if x is not None and x.size else {}
-            continue
-        get = (lambda r, _: r["correct"]["test"].tolist()) if not kind else \
-            (lambda r, _: torch.stack([r["errors"][k] for k in SUBTLE]).any(0).tolist())
-        x, y = stack(a, get), stack(b, get)
-        if x is not None and y is not None:
+        measure, a, _, b = formula.split()  # the base has one evaluation, which is taken for each run
+        x, y = stack(a, measures[measure]), stack(b, measures[measure])
+        if x is not None and y is not None and x.size:
             found[name] = bootstrap(x - y)
     return found
 
@@ -995,9 +1031,9 @@ def statistics(done, ref):
 def base_example(rng, lengths=(2, 3, 4), verbs=VERBS):
     """(prompt, answer) in tokens for the tiny model's own pre-training: four of five times a solution, else an edit."""
     tok, problem = tiny_words(), make_problem(rng, "sft", lengths, verbs)
-    solution = gold_solution(problem["program"])
     if rng.random() < 0.8:
-        return tok.solve_prompt(problem["question"]), tok.encode(solution) + tok.stop
+        return tok.solve_prompt(problem["question"]), tok.encode(careless_solution(problem, rng)) + tok.stop
+    solution = gold_solution(problem["program"])
     steps, (head, parts) = gold_steps(problem["program"]), split_steps(solution)
     i = rng.randrange(len(steps))
     kind = rng.choice(admissible(parts[i][1]))
@@ -1007,26 +1043,28 @@ def base_example(rng, lengths=(2, 3, 4), verbs=VERBS):
 
 
 def train_base(cfg, run, b, state):
-    """The tiny model that stands for the instruct model, trained until its dev accuracy first reaches --base-accuracy:
-    a better one leaves no room, a worse one fails at more than details."""
+    """The tiny model that stands for the instruct model: the average of the weights on the way. Not averaged, its
+    accuracy jumps by 0.3 from one look to the next, and any training at a low learning rate would seem to teach it."""
     torch.manual_seed(random_of("base", cfg.seed, b).getrandbits(60))
-    model, job, step, best = Decoder(tiny_shape(cfg)).to(run.device), f"b{b}-base", 0, 0.0
+    model, job, step = Decoder(tiny_shape(cfg)).to(run.device), f"b{b}-base", 0
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
+    average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), cfg.base_lr, (0.9, 0.98), fused=True)
     if state.get("job") == job:
-        step, best = state["step"], state["best"]
+        step = state["step"]
         model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
     dev, log = make_problems(cfg, "dev", min(cfg.n_dev, 250), 0), Log(run, job, cfg.base_steps, step)
-    while step < cfg.base_steps and best < cfg.base_accuracy:
+    while step < cfg.base_steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, cfg.base_lr, cfg.base_lr / 10, 50, cfg.base_steps)
+            group["lr"] = cfg.base_lr * min(1.0, (step + 1) / 50)
         rng = random_of("sft", cfg.seed, b, step)
         # one batch in ten is of longer problems, one of rare words: the splits long and reworded are known, not common
         odd = {0: dict(lengths=(5, 6)), 5: dict(verbs=RARE)}.get(step % 10, {})
         rows = [base_example(rng, **odd) for _ in range(cfg.base_batch)]
         L = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.tensor([p + a + [0] * (L - len(p) - len(a)) for p, a in rows], device=run.device)
+        ids = torch.tensor([p + a + [0] * (L - len(p) - len(a)) for p, a in rows], device=run.device)  # (B, L)
         target = torch.tensor([[-100] * len(p) + a + [-100] * (L - len(p) - len(a)) for p, a in rows])
         loss = F.cross_entropy(model(ids[:, :-1]).mT, target[:, 1:].to(run.device))
         loss.backward()
@@ -1034,19 +1072,19 @@ def train_base(cfg, run, b, state):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        numbers = dict(loss=loss.item())
-        if step % cfg.base_every == 0:
-            texts = Local(cfg, model, tiny_words()).solve([x["question"] for x in dev])
-            best = numbers["dev"] = sum(is_correct(t, x["answer"]) for t, x in zip(texts, dev)) / len(dev)
-        if step % cfg.log_every == 0 or "dev" in numbers:
-            log(step, **numbers)
+        torch._foreach_lerp_([*average.parameters()], [*model.parameters()], min(1.0, 10 / step))  # the last tenth
+        if step % cfg.base_every == 0 or step == cfg.base_steps:
+            texts = Local(cfg, average, tiny_words()).solve([x["question"] for x in dev])
+            log(step, loss=loss.item(), dev=sum(is_correct(t, x["answer"]) for t, x in zip(texts, dev)) / len(dev))
+        elif step % cfg.log_every == 0:
+            log(step, loss=loss.item())
         stop = should_stop(run)
         if stop or step % cfg.save_every == 0:
-            save_state(run, job=job, step=step, best=best, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                       done=state["done"], seconds=time.perf_counter() - run.began)
+            save_state(run, job=job, step=step, model=model.state_dict(), average=average.state_dict(),
+                       optimizer=optimizer.state_dict(), done=state["done"], seconds=time.perf_counter() - run.began)
         if stop:
             stopped(run)
-    return model
+    return average
 
 
 def presentation(n, total, *key):
