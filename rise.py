@@ -14,7 +14,7 @@ solution, and trains it by DPO to prefer the step that it had, beside pairs of w
   python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
   python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # a chat model, LoRA
   ... --endpoint https://host/v1 --endpoint-model NAME    # samples and edits from there, training here
-  torchrun --nproc-per-node 8 rise.py ... --lora-rank 0 --resume    # after --until pairs; then once more without it
+  torchrun --nproc-per-node 8 rise.py ... --resume    # after --until pairs; evaluate by python rise.py ... --resume
 
 Symbols (B pairs, R rows of a pair, L tokens of a row, M tokens of a side)
   paper         code           shape       meaning
@@ -33,23 +33,24 @@ Differences from the paper, of which the official code and summaries were at han
   world       generated problems with an exact verifier in place of GSM8K and MATH, and of GPT-4o as judge of errors.
               Longer problems and rare words are in the tiny model's pre-training, not in its pairs.
   model       a tiny decoder in place of an instruct model. Its pre-training has wrong solutions too (HABITS): it can
-              compute and errs by habit. (With right solutions alone, none of the arms improved it: it lacked skill.)
-              A fifth of the pre-training is edits made by rule, so its style of editing is taught; the values are its
-              own, drawn at temperature 1.
+              compute and errs by habit. This was chosen after a first look: with right solutions alone it lacked
+              skill, and no arm improved it on dev problems. A fifth of the pre-training is edits made by rule: their
+              style is taught, and their errors are like those of the habits, which favours C before E.
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
-  NLL         lambda is not known: 0.2, by token, gated as later notes say (the official script has none).
+  NLL         lambda is not known: 1, by token, gated as later notes say (the official script has none).
   answers     exact rationals that the text states, no LaTeX; nothing is taken out of the rejected side, as the
               official code does with boxes. The line of the answer is no step and is not edited.
   ends        the end is a token of whole solutions only (official code: of none). Pairs that are too long are dropped
               instead of cut, for both sides might become the same.
   evaluation  the plain prompt, as in the official code; greedy. Problems whose number ends in 9 are held out.
-  equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Arms A to F have one
-              learning rate. E changes as many words as the edit did, numbers by numbers. F needs the verifier.
-  endpoint    has no lead: it is asked for the format instead.
+  equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Each arm has the
+              best out of the same learning rates on dev problems. E changes as many words as the edit did, numbers by
+              numbers. F needs the verifier.
+  endpoint    its replies cannot be begun with "Step 1:": it is asked for the format instead.
   left out    MATH's answers, AQuA, logic and code tasks, edits verified to be wrong as an arm.
 
-Copy out: rise_loss, PairLogp with collate, levenshtein, split_steps, filter_edit, Lora
+Copy out: rise_loss, PairLogp with token_logp and collate, levenshtein, split_steps with LABEL, Lora
 """
 
 import argparse
@@ -100,7 +101,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "chain"  # chain|math: generated problems and a tiny model, or --data and --model
+    task: str = "chain"  # chain|math: generated problems and a tiny model, or a chat model and --data
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "0,1,A,C,E"  # comma list out of ARMS below; C is RISE
     tag: str = "main"  # name of this variant in the RESULT record
@@ -120,11 +121,11 @@ class Config:
     base_lr: float = 4e-3  # its peak learning rate
     base_every: int = 200  # steps between two looks at its dev accuracy
     # data
-    data: str = ""  # JSONL with question, answer (GSM8K's too: a number after ####): problems to sample
+    data: str = ""  # JSONL with question, answer (GSM8K's too: a number after ####) to sample; "" = generated ones
     test_data: str = ""  # the same, to measure on
     n_problems: int = 1500  # problems to sample (paper: 8,888)
     n_dev: int = 300  # held-out problems on which settings were chosen
-    n_test: int = 1500  # held-out problems; half as many of the splits long and reworded
+    n_test: int = 1000  # held-out problems; half as many of the splits long and reworded
     # pairs
     k: int = 5  # samples of a problem, K (paper: 5)
     temp: float = 0.8  # temperature of sampling (official code: 0.2)
@@ -138,13 +139,12 @@ class Config:
     sample_batch: int = 640  # sequences decoded at once
     # training
     beta: float = 0.4  # beta of DPO (official code: 0.4)
-    nll: float = 0.2  # lambda of NLL (paper: not known)
+    nll: float = 1.0  # lambda of NLL (paper: not known)
     nll_gate: str = "ref"  # ref|none: NLL acts where the chosen side has become less likely (paper), or always
     steps: int = 60  # optimizer steps of an arm
     batch_size: int = 64  # pairs of a step (official code: 128)
     micro_batch: int = 0  # pairs of a forward pass; 0 = no split; saves memory, same gradient
-    lr: float = 2e-4  # peak learning rate, cosine to 0 (official code: 5e-7)
-    lr_rft: float = 2e-4  # that of arm 1
+    lr: float = 0.0  # peak learning rate, cosine to 0; 0 = the arm's own out of RATES (official code: 5e-7)
     warmup_steps: int = 6  # linear warm-up (official code: a tenth)
     weight_decay: float = 0.0  # AdamW's
     grad_clip: float = 1.0  # largest gradient norm
@@ -166,9 +166,11 @@ class Config:
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
         # numbers are at least 0 where listed here, else at least 1, and some have an upper limit
-        zeros = "seed micro_batch temp edit_temp nll beta warmup_steps weight_decay lr lr_rft lora_rank".split()
+        zeros = "seed micro_batch temp edit_temp nll beta warmup_steps weight_decay lr lora_rank".split()
         zeros += ["base_lr", "grad_clip", "top_p"]
         most = dict(top_p=1.0)
+        if not (self.top_p and self.grad_clip and self.n_test > 1):
+            fail("--top-p 0, --grad-clip 0, --n-test 1: must be more")
         for name, value in vars(self).items():
             low, high = int(name not in zeros), most.get(name, math.inf)
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
@@ -180,8 +182,10 @@ class Config:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
         if self.dry_run:
             return
-        if self.task == "math" and not (self.model and self.data):
-            fail("--task math needs --model, a directory or a hub id, and --data, problems in JSONL")
+        if self.task == "math" and not self.model:
+            fail("--task math needs --model, a directory or a hub id")
+        if self.test_data and not self.data:
+            fail("--test-data needs --data")
         if self.task == "chain" and (self.model or self.endpoint or self.data or self.test_data):
             fail("--model, --endpoint, --data and --test-data need --task math")
         if bool(self.endpoint) != bool(self.endpoint_model):
@@ -205,20 +209,21 @@ ARMS = {  # kinds of pairs, one full and num_edits others for each problem
     "E": ("full", "random"),  # errors at random places
     "F": ("full", "oracle"),  # Step-DPO with a perfect judge: the first wrong step of a wrong sample
 }
+RATES = {"1": 1e-4, "A": 1e-4, "B": 4e-4, "C": 2e-4, "D": 2e-4, "E": 2e-4, "F": 1e-4}  # best on dev problems
 REAL = dict(bases=1, seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95,
-            edit_temp=0.0, part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16)
+            edit_temp=0.0, part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16, lr=1e-4)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=1, n_embd=32, base_steps=120, base_batch=32, base_lr=2e-2, base_every=120,
+    "smoke": dict(n_layer=1, n_embd=32, base_steps=100, base_batch=32, base_lr=2e-2, base_every=100,
                   n_problems=60, n_dev=6, n_test=6, k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6,
                   seeds=1, part=60, log_every=5, save_every=10, warmup_steps=1, arms="0,1,A,C,D,E"),
     "small": {},
     "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, warmup_steps=14,
                  arms=",".join("01ABCDEF")),
-    "paper": dict(REAL, n_problems=8888, max_new=2048, lora_rank=0, temp=0.2, top_p=0.9, lr=5e-7, batch_size=128,
-                  steps=560, warmup_steps=56),
+    "paper": dict(REAL, n_problems=8888, micro_batch=2, max_new=2048, lora_rank=0, temp=0.2, top_p=0.9, lr=5e-7,
+                  batch_size=128, steps=560, warmup_steps=56),
 }
 SCALES |= {"small:math": REAL, "long:math": REAL | dict(n_problems=7473, n_test=1319, seeds=3, steps=300)}
-TRIED = dict.fromkeys(ARMS, 1)  # configurations looked at, on dev problems
+TRIED = {"0": 6, "1": 4, "A": 11, "B": 2, "C": 8, "D": 3, "E": 5, "F": 3}  # settings looked at, on dev problems
 
 
 # ---------------------------------------------------------------- 2. Data
@@ -293,7 +298,7 @@ def gold_solution(program):
 
 def careless_solution(problem, rng):
     """A solution as the pre-training corpus has them, with the errors of HABITS, which later steps build on: a model of
-    it can compute, and errs by habit. These are not the errors of the examples of edits."""
+    it can compute, and errs by habit. The examples of edits, symbol and del_term, have such errors too."""
     value, lines = problem["program"][0], []
     for (ops, numbers), verbs in zip(problem["program"][1], problem["verbs"]):
         read = ["+" if verb == MISREAD and rng.random() < HABITS["misread"] else op for op, verb in zip(ops, verbs)]
@@ -389,7 +394,7 @@ def read_problems(path, flag, count):
     """JSONL rows (question, answer) as in GSM8K: what follows #### in the answer is the number."""
     rows = []
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        lines = Path(path).read_text("utf-8-sig").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"{flag} {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}")
     for n, line in enumerate(lines[:count], 1):
@@ -693,13 +698,14 @@ def random_corruption(step, count, rng):
         [i for i, part in enumerate(parts) if part.strip()]
     for i in rng.sample(places, min(count, len(places))):
         old, number = parts[i], parts[i].isdecimal()  # a number becomes one of as many digits at most
-        others = "+-*/" if old in "+-*/" else [part for part in parts if part.strip()]
+        signs = "+-*/" if "/" in step else "+-*"
+        others = signs if old in "+-*/" else [part for part in parts if part.strip()]
         while parts[i] == old and (number or set(others) > {old}):
             parts[i] = str(rng.randrange(10 ** len(old))) if number else rng.choice(others)
     return "".join(parts)
 
 
-def rise_loss(logp, ref, count, beta=0.4, nll=0.2, gate="ref"):
+def rise_loss(logp, ref, count, beta=0.4, nll=1.0, gate="ref"):
     """Loss (B,) and margin m (B,) of pairs from log-probabilities (B, 2) of chosen and rejected side, summed over their
     tokens, under the policy and the starting model; count (B,): tokens of the chosen side.
 
@@ -710,7 +716,7 @@ def rise_loss(logp, ref, count, beta=0.4, nll=0.2, gate="ref"):
     m = gain[:, 0] - gain[:, 1]
     loss = -F.logsigmoid(beta * m)
     if nll:
-        on = (gain[:, 0] < 0).to(loss) if gate == "ref" else 1.0
+        on = (gain[:, 0] < -1e-4).to(loss) if gate == "ref" else 1.0  # at the start r is 0 but for rounding
         loss = loss + nll * on * -logp[:, 0] / count
     return loss, m
 
@@ -803,7 +809,8 @@ class Local:
 
     def sample(self, questions, k, key):
         prompts = [self.tok.solve_prompt(question) for question in questions for _ in range(k)]
-        texts = [text for text, _ in self.write(prompts, self.tok.lead, self.cfg.temp, self.cfg.top_p, key)]
+        found = self.write(prompts, self.tok.lead, self.cfg.temp, self.cfg.top_p, key)
+        texts = [text if ended else None for text, ended in found]  # one that was cut has no end to learn
         return [texts[i : i + k] for i in range(0, len(texts), k)]
 
     def edit(self, requests, key):
@@ -920,19 +927,23 @@ def pairs_of_arm(cfg, arm, rows):
     pairs, so that each problem is seen as often in all arms."""
     wanted = {kind: 1 if kind == "full" and len(ARMS[arm]) > 1 else cfg.num_edits + (len(ARMS[arm]) == 1)
               for kind in ARMS[arm]}
-    return [(row["id"], kind, i) for row in rows for kind, n in wanted.items() for i in range(min(n, len(row[kind])))]
+    return [(row["id"], kind, i % len(row[kind])) for row in rows for kind, n in wanted.items() if row[kind]
+            for i in range(n)]
 
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
 @torch.no_grad()
-def pair_logp(net, pairs, device, chunk=64):
-    """Log-probabilities (P, 2) in fp32 on the CPU of token pairs, which the reference and the held-out pairs need."""
-    parts = [pairs[i : i + chunk] for i in range(0, len(pairs), chunk)]
-    found = [net(**{k: x.to(device) for k, x in collate(part).items()}).float().cpu() for part in parts]
-    return torch.cat(found) if found else torch.zeros(0, 2)
+def pair_logp(run, net, pairs, chunk=16):
+    """Log-probabilities (P, 2) on the CPU of token pairs, computed as in training: else r would not begin at 0."""
+    found = [torch.zeros(0, 2)]
+    for i in range(0, len(pairs), chunk):
+        batch = {name: x.to(run.device) for name, x in collate(pairs[i : i + chunk]).items()}
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            found.append(net(**batch).float().cpu())
+    return torch.cat(found)
 
 
-def evaluate(local, net, sets, held, device):
+def evaluate(run, local, net, sets, held):
     """What one policy does: right answers (N,) of each set, errors by type on the test set, held-out pairs (P, 2)."""
     found = dict(correct={}, errors={})
     for name, problems in sets.items():
@@ -940,12 +951,12 @@ def evaluate(local, net, sets, held, device):
         found["correct"][name] = torch.tensor([is_correct(t, x["answer"]) for t, x in zip(texts, problems)])
         if name == "test":
             drawn = local.sample([x["question"] for x in problems], EVAL_SAMPLES, ("evaluate",))
-            found["correct"]["sampled"] = torch.tensor([
-                sum(is_correct(t, x["answer"]) for t in texts) / EVAL_SAMPLES for texts, x in zip(drawn, problems)])
+            found["correct"]["sampled"] = torch.tensor([[is_correct(t or "", x["answer"]) for t in texts]
+                                                        for texts, x in zip(drawn, problems)]).double().mean(1)
         if name == "test" and "program" in problems[0]:
             kinds = [verify(x["program"], text) for text, x in zip(texts, problems)]
             found["errors"] = {kind: torch.tensor([k is not None and k[1] == kind for k in kinds]) for kind in TYPES}
-    return found | dict(held={kind: pair_logp(net, pairs, device) for kind, pairs in held.items()})
+    return found | dict(held={kind: pair_logp(run, net, pairs) for kind, pairs in held.items()})
 
 
 def audit(rows, edits):
@@ -968,7 +979,7 @@ EVAL_SAMPLES = 4  # of each test problem, at the temperature of the chain: a mea
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
 # right: share of test problems with a right greedy answer; sampled: of right samples; subtle: with an error out of
 # SUBTLE; chosen: gain of the chosen side of held-out pairs, nats. Differences are paired; intervals over bases, their
-# runs (DPO seeds) and problems.
+# runs (DPO seeds) and problems; with one base they say nothing of other bases, with two runs little of other orders.
 CLAIMS = [
     ("rise-beats-dpo", "right C - A", 0.0, "edits add nothing to DPO on sampled pairs (paper: 0.1 to 1.7 points)"),
     ("edits-beat-random", "right C - E", 0.0, "errors at random places are as good: any hard negative will do"),
@@ -978,7 +989,7 @@ CLAIMS = [
     ("dpo-beats-base", "right A - 0", 0.0, "preference learning does not help here at all"),
     ("rise-beats-rft", "right C - 1", 0.0, "likelihood of right samples alone is as good"),
     ("without-nll-chosen-falls", "chosen 0 - D", 0.0, "without NLL the chosen side does not lose probability"),
-    ("with-nll-chosen-stays", "chosen C - 0", 0.0, "it loses probability in spite of NLL"),
+    ("nll-keeps-chosen", "chosen C - D", 0.0, "NLL does not keep it up"),
 ]
 
 
@@ -1021,6 +1032,8 @@ def statistics(done, ref):
     measures = dict(right=right, sampled=sampled, subtle=subtle, chosen=chosen)
     for name, formula, *_ in CLAIMS:
         measure, a, _, b = formula.split()  # the base has one evaluation, which is taken for each run
+        if measure == "subtle" and not all(result["errors"] for results in done.values() for result in results):
+            continue  # without a verifier
         x, y = stack(a, measures[measure]), stack(b, measures[measure])
         if x is not None and y is not None and x.size:
             found[name] = bootstrap(x - y)
@@ -1097,7 +1110,7 @@ def presentation(n, total, *key):
 def train(cfg, run, job, arm, net, pairs, ref, seed, state):
     """One arm: preference learning on token pairs with cached reference log-probabilities ref (P, 2)."""
     fit = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    lr = cfg.lr_rft if arm == "1" else cfg.lr
+    lr = cfg.lr or RATES[arm]
     optimizer = torch.optim.AdamW(fit.values(), lr, weight_decay=cfg.weight_decay)
     step, total = 0, cfg.steps * cfg.batch_size
     if state.get("job") == job:
@@ -1132,6 +1145,8 @@ def train(cfg, run, job, arm, net, pairs, ref, seed, state):
         optimizer.zero_grad()
         step += 1
         if step == 1 or step % cfg.log_every == 0 or step == cfg.steps:
+            if not loss.isfinite():
+                fail(f"{job}: training diverged; lower --lr")
             margin, right, chosen, rejected = torch.cat(seen, 1).mean(1).tolist()
             per_s = (step - first) * cfg.batch_size / (time.perf_counter() - began)
             log(step, loss=loss.item(), margin=margin, right=right, chosen=chosen, rejected=rejected,
@@ -1142,8 +1157,6 @@ def train(cfg, run, job, arm, net, pairs, ref, seed, state):
                        **get_state(run, net, optimizer))
         if stop:
             stopped(run)
-    if not loss.isfinite():
-        fail(f"{job}: training diverged; lower --lr")
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1613,10 +1626,17 @@ def put_state(run, net, optimizer, state):
 def ledger(cfg, run, net, pairs, jobs):
     """Measure a step with shared and with separate contexts, and say what the arms will take."""
     rows, seconds, tokens = [pairs[i % len(pairs)] for i in range(cfg.micro_batch or cfg.batch_size)], [], []
+
+    def step_of(batch):
+        with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+            loss = net(**batch).sum()
+        loss.backward()
+        should_stop(run)  # waits for the device
+
     for shared in (True, False):
         batch = {k: x.to(run.device) for k, x in collate(rows, shared).items()}
         tokens.append(int((batch["segment"] < 3).sum()))
-        seconds.append(min(timeit.repeat(lambda: net(**batch).sum().backward(), number=1, repeat=3)))
+        seconds.append(min(timeit.repeat(lambda: step_of(batch), number=1, repeat=3)))
     net.zero_grad()
     step = seconds[0 if cfg.share_prefix else 1] * cfg.batch_size / len(rows)
     n, x = sum(p.numel() for p in net.parameters()), torch.randn(1024, 1024, device=run.device)
@@ -1726,7 +1746,7 @@ def prepare(cfg, run, b, net, tok, rows):
     if not path.exists():
         if run.world > 1:
             fail(f"{path} is missing: run the same command without torchrun and with --until pairs first")
-        replace_file(path, save(dict(logp=pair_logp(net.eval(), list(tokens.values()), run.device))))
+        replace_file(path, save(dict(logp=pair_logp(run, net.eval(), list(tokens.values())))))
     ref = load_file(path)["logp"]
     if len(ref) != len(tokens):
         fail(f"{path}: not of these pairs; remove it, and it will be made again")
@@ -1751,16 +1771,21 @@ def run_base(cfg, run, b, state, problems, sets, until):
     rows = [row for row in rows if row["id"] % 10 != 9]
     if until == "pairs":
         return before, counts
-    if len(rows) < 2:
+    if len(rows) < 2 or not tokens:
         fail(f"{folder}/pairs.jsonl: pairs of {len(rows)} problems are too few to train on: raise --n-problems or --k")
-    if b == 0 and not run.rank and run.world == 1:
+    if cfg.batch_size % run.world:
+        fail(f"--batch-size {cfg.batch_size}: must be a multiple of the {run.world} ranks")
+    if b == 0 and run.world == 1:
         ledger(cfg, run, net, list(tokens.values()), cfg.bases * len(jobs_of(cfg)))
+    del net
     for arm, seed in [("0", 0)] * ("0" in cfg.arms.split(",")) + jobs_of(cfg):
         job, weights = f"b{b}-s{seed}-{arm}", folder / f"{arm}-s{seed}.safetensors"
         if job in done:
             continue
         if arm != "0" and not weights.exists():
             wanted = [key for key in pairs_of_arm(cfg, arm, rows) if key in tokens]
+            if not wanted:
+                fail(f"{job}: no pair that arm {arm} can use: raise --n-problems or --max-len")
             net = PairLogp(make_policy(cfg, run, b), cfg.kernels)
             net = shard(run, net) if run.world > 1 else net
             train(cfg, run, job, arm, net, [tokens[key] for key in wanted], torch.stack([ref[key] for key in wanted]),
@@ -1768,9 +1793,10 @@ def run_base(cfg, run, b, state, problems, sets, until):
             learned = {name.removeprefix("model."): p.contiguous() for name, p in get_state(run, net)["model"].items()}
             if not run.rank:
                 replace_file(weights, save(learned))
+            save_state(run, done=done, seconds=time.perf_counter() - run.began)
         if run.world == 1:
             net = PairLogp(make_policy(cfg, run, b, weights if arm != "0" else None), cfg.kernels)
-            done[job] = evaluate(Local(cfg, net.model, tok), net, sets, held, run.device)
+            done[job] = evaluate(run, Local(cfg, net.model, tok), net, sets, held)
             state = dict(done=done)
             save_state(run, **state, seconds=time.perf_counter() - run.began)
     return before, counts
@@ -1804,15 +1830,19 @@ def print_table(metrics, arms):
 
 def load_sets(cfg):
     """Problems to sample, and those to measure on by name."""
-    if cfg.model:
+    if cfg.data:
         test = dict(test=read_problems(cfg.test_data, "--test-data", cfg.n_test)) if cfg.test_data else {}
         problems = read_problems(cfg.data, "--data", cfg.n_problems)
         both = {x["question"] for x in problems} & {x["question"] for rows in test.values() for x in rows}
         return (problems, test) if not both else fail(f"--data has questions of --test-data: {min(both)[:60]!r}")
-    sets = dict(dev=make_problems(cfg, "dev", cfg.n_dev, 0), test=make_problems(cfg, "test", cfg.n_test, 0),
-                long=make_problems(cfg, "test", cfg.n_test // 2, 0, lengths=(5, 6)),
-                reworded=make_problems(cfg, "test", cfg.n_test // 2, 1, verbs=RARE))
-    return make_problems(cfg, "dpo", cfg.n_problems, cfg.seed), sets
+    problems = make_problems(cfg, "dpo", cfg.n_problems, cfg.seed)
+    sets = dict(dev=make_problems(cfg, "dev", cfg.n_dev, 0), test=make_problems(cfg, "test", cfg.n_test, 0))
+    if cfg.model:  # it does not write steps as the verifier reads them
+        plain = [[dict(id=x["id"], question=x["question"], answer=x["answer"]) for x in rows]
+                 for rows in (problems, sets["test"])]
+        return plain[0], dict(test=plain[1])
+    return problems, sets | dict(long=make_problems(cfg, "test", cfg.n_test // 2, 0, lengths=(5, 6)),
+                                 reworded=make_problems(cfg, "test", cfg.n_test // 2, 1, verbs=RARE))
 
 
 def main(argv=None):
@@ -1832,12 +1862,12 @@ def main(argv=None):
     done, ref, counts = state["done"], {}, {}
     for b in range(cfg.bases):
         ref[f"b{b}"], found = run_base(cfg, run, b, state, problems, sets, until)
-        state = dict(done=done)
         for name, value in found.items():
             counts.setdefault(name, []).append(value)
-    counts = {name: float(np.mean(x)) for name, x in counts.items()}
+    counts = {name: float(np.sum(x)) / (len(x) if "hardness" in name else cfg.bases) for name, x in counts.items()}
     if until == "pairs" or run.world > 1:
-        print(f"{run.out}: {json.dumps(counts)}; go on with the same command, --until eval and --resume")
+        if not run.rank:
+            print(f"{run.out}: {json.dumps(counts)}; go on with the same command, --until eval and --resume")
         return counts
     metrics, groups = summarise(cfg, done, ref)
     arms = cfg.arms.split(",")

@@ -11,6 +11,7 @@ import re
 import signal
 from fractions import Fraction
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,15 +24,8 @@ SMOKE = ["--scale", "smoke"]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Small tensors are faster so; the former number comes back, and the handler of Ctrl-C."""
-    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0}, raising=False)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, handler)
+def quick(one_thread):
+    """Small tensors are faster on one thread."""
 
 
 @pytest.fixture
@@ -321,19 +315,27 @@ def test_t6_finite_differences_of_the_whole_loss():
 
 
 @pytest.mark.peers
-def test_loss_is_that_of_trl():
-    """Loss and gradients on the same log-probabilities. NLL there has no gate."""
+@pytest.mark.parametrize("nll", [0.0, 0.2])
+def test_loss_is_that_of_trl(nll):
+    """DPO, and DPO with NLL that has no gate, pair by pair: loss and gradients on the same log-probabilities."""
     trl = pytest.importorskip("trl")
-    logp, ref, count = sums()
-    ours, theirs = (logp.clone().requires_grad_() for _ in range(2))
-    stub = SimpleNamespace(beta=0.4, loss_type=["sigmoid"], label_smoothing=0.0, reference_free=False,
-                           f_divergence_type="reverse_kl", f_divergence_params=None, use_weighting=False,
-                           accelerator=SimpleNamespace(device="cpu"))
-    losses, *_ = trl.DPOTrainer.dpo_loss(stub, theirs[:, 0], theirs[:, 1], ref[:, 0], ref[:, 1])
-    loss = m.rise_loss(ours, ref, count, 0.4, 0)[0]
-    loss.sum().backward()
-    losses.sum().backward()
-    assert torch.allclose(loss, losses) and torch.allclose(ours.grad, theirs.grad)
+    kinds = dict(loss_types=["sigmoid", "sft"], loss_weights=[1.0, nll]) if nll else \
+        dict(loss_types=["sigmoid"], loss_weights=[1.0])
+    trainer = MagicMock(beta=0.4, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
+                        use_weighting=False, aux_loss_enabled=False, _tp_size=1, _total_train_tokens=0, **kinds)
+    trainer.accelerator.gather.side_effect = trainer.accelerator.gather_for_metrics.side_effect = lambda x: x
+    for count in (1, 3, 7):
+        tokens, ref = -torch.rand(2, count, dtype=torch.float64), torch.randn(1, 2, dtype=torch.float64) - count / 2
+        ours, theirs = (tokens.clone().requires_grad_() for _ in range(2))
+        none, true = torch.zeros(2, count), torch.ones(2, count + 1, dtype=torch.bool)
+        outputs = SimpleNamespace(log_probs=theirs, entropy=none, mean_logits=none, is_top1=none.bool())
+        inputs = dict(input_ids=true.long(), attention_mask=true, completion_mask=true,
+                      ref_chosen_logps=ref[:, 0], ref_rejected_logps=ref[:, 1])
+        wanted = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+        loss = m.rise_loss(ours.sum(1)[None], ref, torch.tensor([count]), 0.4, nll, "none")[0].sum()
+        loss.backward()
+        wanted.backward()
+        assert torch.allclose(loss, wanted) and torch.allclose(ours.grad, theirs.grad)
 
 
 # ---------------------------------------------------------------- log-probabilities of pairs
@@ -378,7 +380,7 @@ def test_t5_batches_and_padding_do_not_matter():
     alone = torch.cat([net(**m.collate([pair])) for pair in pairs])
     together = net(**m.collate(pairs[::-1])).flip(0)
     assert torch.allclose(alone, together, rtol=1e-5, atol=1e-5)
-    assert torch.allclose(m.pair_logp(net, pairs, "cpu", 3), together, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(m.pair_logp(a_run(None), net, pairs, 3), together, rtol=1e-5, atol=1e-5)
 
 
 def test_t10_greedy_decoding_with_and_without_cache():
@@ -522,7 +524,7 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
     net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
     kept = [row for row in rows["pairs"].values() if row["edit"]]
     tokens, ref, _ = m.prepare(m.Config(), a_run(out), 0, net, m.tiny_words(), kept)
-    assert torch.allclose(torch.stack(list(ref.values())), m.pair_logp(net, list(tokens.values()), "cpu"), atol=1e-5)
+    assert torch.allclose(torch.stack(list(ref.values())), m.pair_logp(a_run(None), net, list(tokens.values())), atol=1e-5)
     assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
     assert len(set(weights(out).values())) == len(weights(out))
     assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
@@ -581,9 +583,9 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
     for name, arm in (("right", "C"), ("swapped", "C"), ("dpo", "D")):
         net = m.PairLogp(network(torch.float32))
         fit = [(c, b, a) for c, a, b in pairs(0)] if name == "swapped" else pairs(0)
-        before = m.pair_logp(net, pairs(1), "cpu")
-        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(net, fit, "cpu"), 0, dict(done={}))
-        gain = m.pair_logp(net, pairs(1), "cpu") - before
+        before = m.pair_logp(a_run(None), net, pairs(1))
+        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(a_run(None), net, fit), 0, dict(done={}))
+        gain = m.pair_logp(a_run(None), net, pairs(1)) - before
         margin[name], chosen[name] = (gain[:, 0] - gain[:, 1]).mean(), gain[:, 0].mean()
     assert margin["right"] > 1 and margin["dpo"] > 1 and margin["swapped"] < -1
     assert chosen["right"] >= chosen["dpo"]
@@ -659,7 +661,7 @@ def test_claims_and_verdicts():
     assert {name: round(float(x), 6) for name, (x, _) in found.items()} == {
         "rise-beats-dpo": 0.25, "edits-beat-random": -0.25, "fewer-subtle-errors": 1.0, "dpo-beats-base": 0.25,
         "rise-samples-beat-dpo": 0.125, "samples-beat-random": -0.125,
-        "rise-beats-rft": 0.45, "without-nll-chosen-falls": 2.0, "with-nll-chosen-stays": 1.0}
+        "rise-beats-rft": 0.45, "without-nll-chosen-falls": 2.0, "nll-keeps-chosen": 3.0}
     verdicts = {name: m.verdict(*found[name], 0.0) for name in found}
     assert verdicts["rise-beats-dpo"] == "HOLDS" and verdicts["edits-beat-random"] == "DOES NOT HOLD"
     done["b0/A"], done["b0/E"] = [evaluation(30), evaluation(29)], []
@@ -762,7 +764,7 @@ BAD = {
     "--colour red": "--colour -h", "--ste 5": "--ste", "--task chess": "chess chain", "--scale huge": "huge smoke",
     "--arms C,": "--arms", "--arms C,C": "--arms", "--seed -1": "--seed 0", "--k 1": "--k 2", "--steps 0": "--steps 1",
     "--top-p 1.5": "--top-p", "--lr nan": "--lr", "--n-embd 30": "--n-embd --n-head", "--kernels": "--kernels CUDA",
-    "--device cuda": "--device cuda", "--model x": "--task math", "--task math": "--model --data", "--nll -1": "--nll",
+    "--device cuda": "--device cuda", "--model x": "--task math", "--task math": "--model", "--nll -1": "--nll",
     "--scale paper": "--scale paper --task math", "--endpoint http://h": "--endpoint --task math",
     "--task math --model x --data no.jsonl": "no.jsonl", "--task math --model x --data y --arms F": "F verifier",
     "--task math --model x --data y --endpoint http://h/v1": "--endpoint-model"}
