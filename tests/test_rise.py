@@ -524,7 +524,8 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
     net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
     kept = [row for row in rows["pairs"].values() if row["edit"]]
     tokens, ref, _ = m.prepare(m.Config(), a_run(out), 0, net, m.tiny_words(), kept)
-    assert torch.allclose(torch.stack(list(ref.values())), m.pair_logp(a_run(None), net, list(tokens.values())), atol=1e-5)
+    again = m.pair_logp(a_run(None), net, list(tokens.values()))
+    assert torch.allclose(torch.stack(list(ref.values())), again, atol=1e-5)
     assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
     assert len(set(weights(out).values())) == len(weights(out))
     assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
