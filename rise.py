@@ -1831,6 +1831,14 @@ def print_table(metrics, arms):
     print(" | ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key.split("/")[0] not in arms))
 
 
+def plain(rows):
+    """Generated problems for a chat model, such as: Ana has 6 pens. Gives 2. How many pens?"""
+    def said(text):
+        return ". ".join(part[0].upper() + part[1:] for part in re.sub(r" ([.?])", r"\1", text).split(". "))
+
+    return [dict(id=x["id"], question=said(x["question"]), answer=x["answer"]) for x in rows]
+
+
 def load_sets(cfg):
     """Problems to sample, and those to measure on by name."""
     if cfg.data:
@@ -1838,14 +1846,13 @@ def load_sets(cfg):
         problems = read_problems(cfg.data, "--data", cfg.n_problems)
         both = {x["question"] for x in problems} & {x["question"] for rows in test.values() for x in rows}
         return (problems, test) if not both else fail(f"--data has questions of --test-data: {min(both)[:60]!r}")
-    problems = make_problems(cfg, "dpo", cfg.n_problems, cfg.seed)
-    sets = dict(dev=make_problems(cfg, "dev", cfg.n_dev, 0), test=make_problems(cfg, "test", cfg.n_test, 0))
-    if cfg.model:  # it does not write steps as the verifier reads them
-        plain = [[dict(id=x["id"], question=x["question"], answer=x["answer"]) for x in rows]
-                 for rows in (problems, sets["test"])]
-        return plain[0], dict(test=plain[1])
-    return problems, sets | dict(long=make_problems(cfg, "test", cfg.n_test // 2, 0, lengths=(5, 6)),
-                                 reworded=make_problems(cfg, "test", cfg.n_test // 2, 1, verbs=RARE))
+    if cfg.model:  # easier ones, in sentences; such a model does not write its steps as the verifier reads them
+        return plain(make_problems(cfg, "dpo", cfg.n_problems, cfg.seed, lengths=(1, 2))), dict(
+            test=plain(make_problems(cfg, "test", cfg.n_test, 0, lengths=(1, 2))))
+    return make_problems(cfg, "dpo", cfg.n_problems, cfg.seed), dict(
+        dev=make_problems(cfg, "dev", cfg.n_dev, 0), test=make_problems(cfg, "test", cfg.n_test, 0),
+        long=make_problems(cfg, "test", cfg.n_test // 2, 0, lengths=(5, 6)),
+        reworded=make_problems(cfg, "test", cfg.n_test // 2, 1, verbs=RARE))
 
 
 def main(argv=None):

@@ -238,6 +238,7 @@ def test_random_corruption():
     for _ in range(300):
         new = m.random_corruption(step, 2, rng)
         changed = [i for i, (a, b) in enumerate(zip(m.pieces(step), m.pieces(new))) if a != b]
+        assert m.tiny_words().decode(m.tiny_words().encode(new)) == new[1:]  # the tiny model knows all of it
         assert len(changed) == 2 and 5 not in changed and re.fullmatch(r" \d+ \S \d+ \S \d+ = \d+\n", new), new
         hits = [n + (i in changed) for i, n in enumerate(hits + [0])][:7]
     assert min(n for i, n in enumerate(hits) if i != 5) > 50
@@ -600,6 +601,8 @@ def test_arms_see_each_problem_equally_often():
         assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDE") and found["C"] == found["D"]
         assert found["C"][: n + 1] == [(0, "full", 0), *((0, "edit", i) for i in range(n))]
         assert {kind for _, kind, _ in found["E"]} == {"full", "random"} and {k for _, k, _ in found["A"]} == {"full"}
+    rows[1]["full"] = [0]  # no second one: the first is seen twice, and no other problem more often
+    assert [key for key in m.pairs_of_arm(m.Config(), "A", rows) if key[0]] == [(1, "full", 0)] * 2
     order = m.presentation(5, 23, "key")
     assert len(order) == 23 and all(sorted(order[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
     assert order != m.presentation(5, 23, "other") and order == m.presentation(5, 23, "key")
@@ -668,6 +671,9 @@ def test_claims_and_verdicts():
     done["b0/A"], done["b0/E"] = [evaluation(30), evaluation(29)], []
     found = m.statistics(done, ref)
     assert m.verdict(*found["rise-beats-dpo"], 0.0) == "INCONCLUSIVE" and "edits-beat-random" not in found
+    for result in sum(done.values(), []):
+        result["errors"] = {}  # a chat model: no verifier reads its steps
+    assert m.statistics(done, ref).keys() == found.keys() - {"fewer-subtle-errors"}
 
 
 # ---------------------------------------------------------------- endpoint
