@@ -822,16 +822,17 @@ def test_dry_run_prints_and_creates_nothing(here, capsys):
 
 # ---------------------------------------------------------------- a real model
 @pytest.mark.real
-def test_smollm2_runs_the_whole_chain(here, capsys):
-    """Sample, edit, pairs, 20 steps of DPO with LoRA on 50 generated word problems: audit and margins, no claim."""
+def test_smollm2_edits_and_learns(here, monkeypatch):
+    """Edits, LoRA and greedy answers of a real chat model; its samples are planted, for it is seldom right."""
     import real
 
-    rows = m.make_problems(m.Config(), "dpo", 50, 0, lengths=(1, 2))
-    lines = [json.dumps({name: x[name] for name in ("question", "answer")}) + "\n" for x in rows]
-    (here / "d.jsonl").write_text("".join(lines))
-    result = m.main(["--task", "math", "--model", str(real.smollm2()), "--data", "d.jsonl", "--out", "x",
-                     "--arms", "0,C", "--steps", "20", "--batch-size", "8", "--micro-batch", "4", "--max-new", "120",
-                     "--lr", "1e-4",
-                     "--temp", "1.0", "--top-p", "0.95", "--edit-alpha", "30", "--warmup-steps", "2"])
-    print(json.dumps(result["metrics"], indent=1))
-    assert result["metrics"]["edits/asked"] > 0 and result["claims"] == []
+    flags = ["--task", "math", "--model", str(real.smollm2()), "--out", "x", "--arms", "0,C", "--n-problems", "11",
+             "--n-test", "2", "--k", "2", "--max-new", "40", "--steps", "2", "--batch-size", "2", "--micro-batch", "1",
+             "--edit-alpha", "99", "--warmup-steps", "1", "--lora-rank", "4"]
+    answers = {x["question"]: x["answer"] for x in m.load_sets(m.cli(m.Config, m.SCALES, flags))[0]}
+    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [
+        [f"Step 1: There are 2 + 3 = 5 of them.\nStep 2: So 5 are left.\nAnswer: {answers.get(question)}",
+         "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1"] * (k // 2) for question in questions])
+    result = m.main(flags)
+    assert result["metrics"]["edits/asked"] == 22 and result["metrics"]["edits/kept"] > 0.1
+    assert "fewer-subtle-errors" not in {claim["id"] for claim in result["claims"]} and result["metrics"]["C/test"] <= 1
