@@ -1213,6 +1213,8 @@ def start_run(cfg, script):
         out.mkdir(parents=True, exist_ok=True)
         replace_file(saved, json.dumps(settings, indent=1).encode())
     device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)  # fully_shard takes the current device of a process
     run = SimpleNamespace(device=device, dtype=getattr(torch, dtype), rank=rank, world=world, out=out, stop=False)
     signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
     return run
