@@ -34,7 +34,7 @@ Differences from the paper, of which the official code and summaries were at han
               Longer problems and rare words are in the tiny model's pre-training, not in its pairs.
   model       a tiny decoder in place of an instruct model. Its pre-training has wrong solutions too (HABITS): it can
               compute and errs by habit. This was chosen after a first look: with right solutions alone it lacked
-              skill, and no arm improved it on dev problems. A fifth of the pre-training is edits made by rule: their
+              skill, and no arm improved it beyond noise (dev). A fifth of the pre-training is edits made by rule: their
               style is taught, and their errors are like those of the habits, which favours C before E.
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
