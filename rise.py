@@ -10,7 +10,7 @@ Xu, Yu, Hou, Cheng, Leong, Li, Jiang, Shang, Liu, Li, ACL 2025, arXiv 2410.06638
 Most wrong solutions go wrong in one small place. RISE lets a model put such an error into a step of its own right
 solution, and trains it by DPO to prefer the step that it had, beside pairs of whole right and wrong samples.
 
-  python rise.py                 # a tiny model that is taught first: arms, claims and an audit of the edits
+  python rise.py                 # 7 min on one core: base 53 % right, DPO 83, RISE 80, likelihood 88 (one base)
   python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
   python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # a chat model, LoRA
   ... --endpoint https://host/v1 --endpoint-model NAME    # samples and edits from there, training here
@@ -44,9 +44,9 @@ Differences from the paper, of which the official code and summaries were at han
   ends        the end is a token of whole solutions only (official code: of none). Pairs that are too long are dropped
               instead of cut, for both sides might become the same.
   evaluation  the plain prompt, as in the official code; greedy. Problems whose number ends in 9 are held out.
-  equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Each arm has the
-              best out of the same learning rates on dev problems. E changes as many words as the edit did, numbers by
-              numbers. F needs the verifier.
+  equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Each arm has its
+              best learning rate on dev problems out of two to five (TRIED counts all settings, more for A and C); that
+              of 1, B and F is at the end of those tried. E changes as many words as the edit did, numbers by numbers.
   endpoint    its replies cannot be begun with "Step 1:": it is asked for the format instead.
   left out    MATH's answers, AQuA, logic and code tasks, edits verified to be wrong as an arm.
 
@@ -1099,7 +1099,8 @@ def train_base(cfg, run, b, state):
     return average
 
 
-# Peak learning rates, the best of 5e-5 to 4e-4 by greedy answers to 1000 dev problems, one base and one order
+# Peak learning rates: each the best of two to five from 5e-5 to 1e-3, by greedy answers to 1000 dev problems after one
+# run on one base; those of 1, B and F are at the end of what was tried
 RATES = {"1": 1e-4, "A": 1e-4, "B": 4e-4, "C": 2e-4, "D": 2e-4, "E": 2e-4, "F": 1e-4}
 
 

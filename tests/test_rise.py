@@ -617,6 +617,18 @@ def test_ends_are_tokens_of_whole_solutions_only():
     assert m.tokens_of(tok, "", pair | dict(end=True))[1:] == (chosen + tok.stop, rejected + tok.stop)
 
 
+def test_what_was_cut_has_no_end(monkeypatch):
+    """A sample as long as --max-new is none, and an edit as long has no closing fence, so that it is not parsed."""
+    tok = m.tiny_words()
+    word, cfg = tok.encode("keys"), m.Config(max_new=4)
+    monkeypatch.setattr(m, "generate", lambda model, prompts, *_: [word * (len(p) % 2 + 3) for p in prompts])
+    local = m.Local(cfg, network(), tok)
+    odd, even = "ana has", "ana"  # with the token of a request: three and two
+    assert local.sample([odd, even], 1, ()) == [[None], ["keys keys keys"]]
+    found = local.edit([("swap", q, "", "1") for q in (odd + " 1", odd)], ())
+    assert sorted(map(m.parse_edit, found), key=str) == [None, "keys keys keys"]
+
+
 def test_text_is_no_control_token():
     """Words that stand for the end, a request or an edit are dropped from texts."""
     tok = m.tiny_words()
