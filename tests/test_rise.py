@@ -39,7 +39,7 @@ def here(monkeypatch, tmp_path):
 
 def a_run(out, world=1):
     return SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, rank=0, world=world, out=out, stop=False,
-                           began=0.0)
+                           began=0.0, state=dict(done={}, seconds=0.0))
 
 
 def network(dtype=torch.float64, n_embd=16):
@@ -64,7 +64,7 @@ def loop_logp(model, context, side):
 
 
 def problems(count, part="dpo", seed=0, **options):
-    return m.make_problems(m.Config(), part, count, seed, **options)
+    return m.make_problems(part, count, seed, **options)
 
 
 # ---------------------------------------------------------------- the world and its verifier
@@ -340,21 +340,21 @@ def test_loss_is_that_of_trl(nll):
 
 
 # ---------------------------------------------------------------- log-probabilities of pairs
-@pytest.mark.parametrize("shared", [True, False])
-def test_logp_is_the_sum_over_the_sides_tokens(shared):
-    """Against one forward of the decoder for each side; a shared context changes nothing."""
+def test_logp_is_the_sum_over_the_sides_tokens():
+    """Against one forward of the decoder for each side; that the context is shared changes nothing."""
     model, pairs = network(), token_pairs(7)
-    found = m.PairLogp(model)(**m.collate(pairs, shared))
+    found = m.PairLogp(model)(**m.collate(pairs))
     wanted = torch.stack([torch.stack([loop_logp(model, c, side) for side in sides]) for c, *sides in pairs])
     assert found.shape == (7, 2) and torch.allclose(found, wanted, rtol=1e-10)
 
 
 def test_shared_contexts_have_the_same_gradient_and_fewer_tokens():
-    model, pairs = network(), token_pairs(6)
-    grads = []
-    for shared in (True, False):
-        batch = m.collate(pairs, shared)
-        (m.PairLogp(model)(**batch) @ torch.tensor([1.0, -2.0]).double()).sum().backward()
+    """Against a row for each side, whose other side is empty: a context less for each pair."""
+    model, pairs, grads = network(), token_pairs(6), []
+    for rows in (pairs, [(c, side, []) for c, *sides in pairs for side in sides]):
+        batch = m.collate(rows)
+        logp = m.PairLogp(model)(**batch).sum(1) if len(rows) > 6 else m.PairLogp(model)(**batch).flatten()
+        (logp @ torch.tensor([1.0, -2.0] * 6).double()).backward()
         grads.append(([p.grad.clone() for p in model.parameters()], (batch["segment"] < 3).sum()))
         model.zero_grad()
     (one, few), (two, many) = grads
@@ -456,14 +456,14 @@ def planted(monkeypatch, here):
 
     def sample(self, questions, k, key):
         rng = m.random_of("planted", key)
-        return [[planted_sample(programs[question], rng) for _ in range(k)] for question in questions]
+        return [planted_sample(programs[question], rng) for question in questions for _ in range(k)]
 
     def edit(self, requests, key):
         rng = m.random_of("planted", key)
         return [planted_edit(text, rng) for *_, text in requests]
 
     def solve(self, questions):
-        return [text for text, in sample(self, questions, 1, "solve")]
+        return sample(self, questions, 1, "solve")
 
     monkeypatch.setattr(m, "make_problems", make_problems)
     monkeypatch.setattr(m.Local, "solve", solve)
@@ -508,7 +508,7 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
     steps = [step for row in rows["edits"].values() for step in row["steps"]]
     assert found["edits/asked"] == len(steps) == sum(len(planted[row["question"]][1]) for row in rows["pairs"].values())
     for reason in ("not parsed", "unchanged", "gives it away"):
-        assert found[f"dropped/edit: {reason}"] == sum(step["drop"] == reason for step in steps) > 0
+        assert found[f"edits/{reason}"] == sum(step["drop"] == reason for step in steps) / len(steps) > 0
     assert sum(len(row["edit"]) for row in rows["pairs"].values()) == sum(not step["drop"] for step in steps)
     assert found["edits/still right"] == 0
     tests = {x["question"] for part in m.load_sets(m.cli(m.Config, m.SCALES, TINY))[1].values() for x in part}
@@ -523,14 +523,14 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
             assert m.gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
             assert any((pair["before"] + pair["rejected"]) in s["text"] for s in rows["samples"][row["id"]]["samples"])
     net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
-    kept = [row for row in rows["pairs"].values() if row["edit"]]
-    tokens, ref, _ = m.prepare(m.Config(), a_run(out), 0, net, m.tiny_words(), kept)
-    again = m.pair_logp(a_run(None), net, list(tokens.values()))
-    assert torch.allclose(torch.stack(list(ref.values())), again, atol=1e-5)
+    pairs = [(row["question"], pair) for row in rows["pairs"].values() for kind in m.KINDS for pair in row[kind]]
+    again = m.pair_logp(a_run(None), net, [m.tokens_of(m.tiny_words(), *both) for both in pairs])
+    assert torch.allclose(torch.tensor([pair["ref"] for _, pair in pairs]), again, atol=1e-5)
     assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
     assert len(set(weights(out).values())) == len(weights(out))
     assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
-    assert "shared contexts save" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.index("a token takes") < text.index("samples step")  # the ledger comes first
 
 
 def test_a_stage_goes_on_where_it_was_cut(planted, here):
@@ -554,12 +554,15 @@ def test_training_goes_on_after_ctrl_c(planted, here, monkeypatch, capsys):
     """Stopped in a stage, then in an arm, and continued: the same files and numbers as in one go."""
     argv = [*TINY, "--arms", "0,A,C"]
     whole = m.main([*argv, "--out", "whole"])
-    for stop in (2, 9):
+    for stop in (2, 12):
         calls = itertools.count(1)
         monkeypatch.setattr(m, "should_stop", lambda run: next(calls) == stop)
         with pytest.raises(SystemExit) as end:
-            m.main([*argv, "--out", "x", *["--resume"] * (stop == 9)])
+            m.main([*argv, "--out", "x", *["--resume"] * (stop == 12)])
         assert end.value.code == 130 and "--resume" in capsys.readouterr().out
+        state = torch.load("x/state.pt", weights_only=True)
+        assert state["seconds"] > 0 and state.get("job") in (None, "b0-s0-A", "b0-s0-C")
+    assert state["job"]
     monkeypatch.setattr(m, "should_stop", lambda run: False)
     again = m.main([*argv, "--out", "x", "--resume"])
     assert stages(here / "x") == stages(here / "whole") and weights(here / "x") == weights(here / "whole")
@@ -586,7 +589,7 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
         net = m.PairLogp(network(torch.float32))
         fit = [(c, b, a) for c, a, b in pairs(0)] if name == "swapped" else pairs(0)
         before = m.pair_logp(a_run(None), net, pairs(1))
-        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(a_run(None), net, fit), 0, dict(done={}))
+        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(a_run(None), net, fit), 0)
         gain = m.pair_logp(a_run(None), net, pairs(1)) - before
         margin[name], chosen[name] = (gain[:, 0] - gain[:, 1]).mean(), gain[:, 0].mean()
     assert margin["right"] > 1 and margin["dpo"] > 1 and margin["swapped"] < -1
@@ -594,15 +597,16 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
 
 
 def test_arms_see_each_problem_equally_often():
-    rows = [dict(id=i, full=[0] * 3, edit=[0] * 4, random=[0] * 4, oracle=[0]) for i in range(2)]
+    rows = [dict(question=i, **{kind: [f"{kind}{j}" for j in range(n)] for kind, n in zip(m.KINDS, (3, 4, 4, 1))})
+            for i in range(2)]
     for n in (1, 2):
         cfg = m.Config(num_edits=n)
         found = {arm: m.pairs_of_arm(cfg, arm, rows) for arm in "1ABCDEF"}
-        assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDE") and found["C"] == found["D"]
-        assert found["C"][: n + 1] == [(0, "full", 0), *((0, "edit", i) for i in range(n))]
-        assert {kind for _, kind, _ in found["E"]} == {"full", "random"} and {k for _, k, _ in found["A"]} == {"full"}
-    rows[1]["full"] = [0]  # no second one: the first is seen twice, and no other problem more often
-    assert [key for key in m.pairs_of_arm(m.Config(), "A", rows) if key[0]] == [(1, "full", 0)] * 2
+        assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDEF") and found["C"] == found["D"]
+        assert found["C"][: n + 1] == [(0, "full0"), *((0, f"edit{i}") for i in range(n))]
+        assert {pair[:4] for _, pair in found["E"]} == {"full", "rand"} and {p[:4] for _, p in found["A"]} == {"full"}
+    rows[1]["full"] = ["only"]  # no second one: the first is seen twice, and no other problem more often
+    assert m.pairs_of_arm(m.Config(), "A", rows)[2:] == [(1, "only")] * 2
     order = m.presentation(5, 23, "key")
     assert len(order) == 23 and all(sorted(order[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
     assert order != m.presentation(5, 23, "other") and order == m.presentation(5, 23, "key")
@@ -624,7 +628,7 @@ def test_what_was_cut_has_no_end(monkeypatch):
     monkeypatch.setattr(m, "generate", lambda model, prompts, *_: [word * (len(p) % 2 + 3) for p in prompts])
     local = m.Local(cfg, network(), tok)
     odd, even = "ana has", "ana"  # with the token of a request: three and two
-    assert local.sample([odd, even], 1, ()) == [[None], ["keys keys keys"]]
+    assert local.sample([odd, even], 1, ()) == [None, "keys keys keys"]
     found = local.edit([("swap", q, "", "1") for q in (odd + " 1", odd)], ())
     assert sorted(map(m.parse_edit, found), key=str) == [None, "keys keys keys"]
 
@@ -661,31 +665,52 @@ def test_bootstrap():
 
 
 def evaluation(right, types=(), chosen=0.0):
-    wrong = {kind: torch.tensor([kind in types] * 40) for kind in m.TYPES}
-    good = torch.tensor([i < right for i in range(40)])
+    wrong = {kind: torch.tensor([kind in types] * 40).double() for kind in m.TYPES}
+    good = torch.tensor([i < right for i in range(40)]).double()
     return dict(correct=dict(test=good, sampled=good / 2), errors=wrong,
-                held={kind: torch.full((3, 2), chosen) for kind in ("full", "edit")})
+                gain={kind: torch.full((3, 2), chosen).double() for kind in ("full", "edit")})
 
 
 def test_claims_and_verdicts():
     """Signs of all statistics, and the three outcomes."""
-    ref = dict(b0={kind: torch.zeros(3, 2) for kind in ("full", "edit")})
-    done = {"b0/0": [evaluation(10)], "b0/1": [evaluation(12)] * 2, "b0/A": [evaluation(20, ["CALC"])] * 2,
-            "b0/C": [evaluation(30, ["INTER"], 1.0)] * 2, "b0/D": [evaluation(30, (), -2.0)] * 2,
-            "b0/E": [evaluation(40)] * 2}
-    found = m.statistics(done, ref)
+    arms = {"0": [evaluation(10)], "1": [evaluation(12)] * 2, "A": [evaluation(20, ["CALC"])] * 2,
+            "C": [evaluation(30, ["INTER"], 1.0)] * 2, "D": [evaluation(30, (), -2.0)] * 2, "E": [evaluation(40)] * 2}
+    found = m.statistics(dict(b0=arms))
     assert {name: round(float(x), 6) for name, (x, _) in found.items()} == {
         "rise-beats-dpo": 0.25, "edits-beat-random": -0.25, "fewer-subtle-errors": 1.0, "dpo-beats-base": 0.25,
         "rise-samples-beat-dpo": 0.125, "samples-beat-random": -0.125,
         "rise-beats-rft": 0.45, "without-nll-chosen-falls": 2.0, "nll-keeps-chosen": 3.0}
     verdicts = {name: m.verdict(*found[name], 0.0) for name in found}
     assert verdicts["rise-beats-dpo"] == "HOLDS" and verdicts["edits-beat-random"] == "DOES NOT HOLD"
-    done["b0/A"], done["b0/E"] = [evaluation(30), evaluation(29)], []
-    found = m.statistics(done, ref)
+    arms["A"], arms["E"] = [evaluation(30), evaluation(29)], []
+    found = m.statistics(dict(b0=arms))
     assert m.verdict(*found["rise-beats-dpo"], 0.0) == "INCONCLUSIVE" and "edits-beat-random" not in found
-    for result in sum(done.values(), []):
+    for result in sum(arms.values(), []):
         result["errors"] = {}  # a chat model: no verifier reads its steps
-    assert m.statistics(done, ref).keys() == found.keys() - {"fewer-subtle-errors"}
+    assert m.statistics(dict(b0=arms)).keys() == found.keys() - {"fewer-subtle-errors"}
+    for result in sum(arms.values(), []):
+        result["gain"] = {}  # no problem is held out
+    assert not {"nll-keeps-chosen", "without-nll-chosen-falls"} & m.statistics(dict(b0=arms)).keys()
+
+
+def test_held_out_pairs_are_clustered_by_problem():
+    """One row for each problem, the mean over its pairs: the bootstrap draws problems, not pairs."""
+    net, pairs = m.PairLogp(network(torch.float32)), token_pairs(5)
+    ref = torch.arange(10.0).view(5, 2)
+    held = dict(edit=([19, 9, 19, 19, 29], pairs, ref))
+    found = m.evaluate(a_run(None), None, net, {}, held)["gain"]["edit"]
+    gain = m.pair_logp(a_run(None), net, pairs).double() - ref
+    wanted = [gain[1], (gain[0] + gain[2] + gain[3]) / 3, gain[4]]
+    assert torch.allclose(found, torch.stack(wanted))
+
+
+def test_sampling_has_the_dtype_of_the_run():
+    """A bfloat16 copy for what is written; the weights that are trained stay as they are."""
+    model = network(torch.float32)
+    local = m.Local(m.Config(max_new=3), model, m.tiny_words(), torch.bfloat16)
+    assert {p.dtype for p in local.model.parameters()} == {torch.bfloat16} and len(local.solve(["ana has"])) == 1
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert m.Local(m.Config(), model, m.tiny_words()).model is model
 
 
 # ---------------------------------------------------------------- endpoint
@@ -744,11 +769,11 @@ def test_t12_endpoint_and_local_give_the_same_rows(chat, tmp_path):
     """T12: for scripted replies the JSONL of both back-ends is one; a malformed reply is a dropped item."""
     rows = problems(4)
     answers = {m.SOLVE.format(x["question"]): m.gold_solution(x["program"]) for x in rows}
-    chat.answer = lambda payload: answers.get(payload["messages"][0]["content"], "```\n1 + 1 = 3\n```")
+    chat.answer = lambda payload: answers.get(payload["messages"][-1]["content"], "```\n1 + 1 = 3\n```")
 
     class Scripted:
         def sample(self, questions, k, key):
-            return [[answers[m.SOLVE.format(q)]] * k for q in questions]
+            return [answers[m.SOLVE.format(q)] for q in questions for _ in range(k)]
 
         def edit(self, requests, key):
             return ["```\n1 + 1 = 3\n```"] * len(requests)
@@ -806,7 +831,7 @@ def test_wrong_data(rejects, tmp_path):
 
 
 def test_too_few_pairs_and_other_directories(planted, here, rejects, monkeypatch):
-    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [["nothing"] * k for _ in questions])
+    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: ["nothing"] * k * len(questions))
     with pytest.raises(SystemExit) as stop:
         m.main([*TINY, "--out", "x"])
     assert stop.value.code == 2
@@ -843,8 +868,9 @@ def test_smollm2_edits_and_learns(here, monkeypatch):
              "--edit-alpha", "99", "--warmup-steps", "1", "--lora-rank", "4"]
     answers = {x["question"]: x["answer"] for x in m.load_sets(m.cli(m.Config, m.SCALES, flags))[0]}
     monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [
-        [f"Step 1: There are 2 + 3 = 5 of them.\nStep 2: So 5 are left.\nAnswer: {answers.get(question)}",
-         "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1"] * (k // 2) for question in questions])
+        text for question in questions for _ in range(k // 2) for text in (
+            f"Step 1: There are 2 + 3 = 5 of them.\nStep 2: So 5 are left.\nAnswer: {answers.get(question)}",
+            "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1")])
     result = m.main(flags)
     assert result["metrics"]["edits/asked"] == 22 and result["metrics"]["edits/kept"] > 0.1
     assert "fewer-subtle-errors" not in {claim["id"] for claim in result["claims"]} and result["metrics"]["C/test"] <= 1
