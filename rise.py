@@ -136,25 +136,20 @@ class Config:
     edit_alpha: int = 5  # an edit is kept below this distance, in words and numbers (paper: alpha, not known)
     num_edits: int = 1  # edited pairs of a problem, N (paper: 1 for Qwen2-7B, 3 for Llama-3.1-8B)
     max_len: int = 320  # pairs of more tokens, context and both sides, are dropped (official code: cut at 1024)
-    part: int = 256  # problems that are written to a stage's file at once
-    sample_batch: int = 640  # sequences decoded at once
+    sample_batch: int = 640  # sequences decoded at once; samples of so many are written to a file at once
     # training
     beta: float = 0.4  # beta of DPO (official code: 0.4)
     nll: float = 1.0  # lambda of NLL (paper: not known)
-    nll_gate: str = "ref"  # ref|none: NLL acts where the chosen side has become less likely (paper), or always
     steps: int = 60  # optimizer steps of an arm
     batch_size: int = 64  # pairs of a step (official code: 128)
     micro_batch: int = 0  # pairs of a forward pass; 0 = no split; saves memory, same gradient
     lr: float = 0.0  # peak learning rate, cosine to 0; 0 = the arm's own out of RATES (official code: 5e-7)
-    warmup_steps: int = 6  # linear warm-up (official code: a tenth)
-    grad_clip: float = 1.0  # largest gradient norm
     lora_rank: int = 0  # rank of LoRA in all linear layers; 0 = all weights are trained (paper)
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
     kernels: bool = False  # Triton kernel token_logp (cuda only; compared with PyTorch at first use)
     # running
-    log_every: int = 10  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/rise/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
@@ -162,7 +157,7 @@ class Config:
 
     def __post_init__(self):
         arms, real = self.arms.split(","), self.task == "math"
-        zeros = "seed micro_batch temp edit_temp nll beta warmup_steps lr lora_rank base_lr grad_clip top_p".split()
+        zeros = "seed micro_batch temp edit_temp nll beta lr lora_rank base_lr top_p".split()
         for name, value in vars(self).items():
             low, high = int(name not in zeros), 1.0 if name == "top_p" else math.inf
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
@@ -171,8 +166,7 @@ class Config:
         rules = [
             (not set(arms) <= set(ARMS) or len(set(arms)) < len(arms),
              f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}"),
-            (not (self.top_p and self.grad_clip and self.n_test > 1),
-             "--top-p 0, --grad-clip 0, --n-test 1: must be more"),
+            (not self.top_p or self.n_test == 1, "--top-p 0, --n-test 1: must be more"),
             (self.k < 2, f"--k {self.k}: at least 2, one sample that is right and one that is wrong"),
             (self.n_embd % (2 * self.n_head) or self.n_embd < 8,
              f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")]
@@ -202,18 +196,17 @@ ARMS = {  # kinds of pairs, one full and num_edits others for each problem
     "F": ("full", "oracle"),  # Step-DPO with a perfect judge: the first wrong step of a wrong sample
 }
 REAL = dict(seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95, edit_temp=0.0,
-            part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16, lr=1e-4)
+            sample_batch=80, n_problems=1000, n_test=500, lora_rank=16, lr=1e-4)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(n_layer=1, n_embd=32, base_steps=100, base_batch=32, base_lr=2e-2, n_problems=60, n_dev=6, n_test=6,
-                  k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6, seeds=1, part=60, log_every=5,
-                  save_every=10, warmup_steps=1, arms="0,1,A,C,D,E"),
+                  k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6, seeds=1, save_every=10,
+                  arms="0,1,A,C,D,E"),
     "small": {},
-    "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, warmup_steps=14,
-                 arms=",".join("01ABCDEF")),
+    "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, arms=",".join("01ABCDEF")),
     "paper": dict(REAL, n_problems=8888, micro_batch=2, max_new=2048, lora_rank=0, temp=0.2, top_p=0.9, lr=5e-7,
-                  batch_size=128, steps=560, warmup_steps=56),
-    "smoke:math": dict(REAL, arms="0,C", n_problems=50, n_test=20, k=5, temp=0.5, max_new=80, max_len=400, part=25,
-                       sample_batch=125, steps=20, batch_size=4, warmup_steps=2, log_every=1),
+                  batch_size=128, steps=560),
+    "smoke:math": dict(REAL, arms="0,C", n_problems=50, n_test=20, k=5, temp=0.5, max_new=60, max_len=320,
+                       sample_batch=125, steps=20, batch_size=4),
     "small:math": REAL,
     "long:math": dict(REAL, bases=1, n_problems=7473, n_test=1319, seeds=3, steps=300),
 }
@@ -234,6 +227,7 @@ SUBTLE = "CALC SUBST SYMBOL SWAP OMIT".split()  # what the edits aim at: claim 2
 PARTS = dict(sft=range(6), dpo=range(6, 8), dev=range(8, 9), test=range(9, 10))  # last digit of a program's hash
 LABEL = re.compile(r"^(?:Step \d+ ?:|Answer ?:)", re.M)
 NUMBER = r"-?[0-9]{1,30}(?:,[0-9]{3})*(?:\.[0-9]{1,30})?(?:/[0-9]{1,30})?"
+pieces = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]").findall  # words, numbers and signs, in which Eq. 1 counts
 SAY = re.compile(rf"(?:answer *(?:is)? *:?|####|\\boxed\{{)[\s*$]*({NUMBER})(?![\d^e]|[,./]\d)", re.I | re.A)
 
 
@@ -418,6 +412,7 @@ def read_problems(path, flag, count):
     return rows or fail(f"{flag} {path}: no problems")
 
 
+@functools.cache
 class Words:
     """The tiny model's tokenizer: one token a word, a number from 0 to 99, or the end of a line."""
 
@@ -606,8 +601,9 @@ class Lora(nn.Module):
 
 
 def add_lora(model, rank):
-    model.requires_grad_(False)
-    for layer in model.layers:
+    """LoRA in all linear layers; rank 0: none, all weights are learned."""
+    model.requires_grad_(not rank)
+    for layer in model.layers if rank else ():
         for name, linear in list(layer.named_children()):
             if isinstance(linear, nn.Linear):
                 setattr(layer, name, Lora(linear, rank))
@@ -616,14 +612,14 @@ def add_lora(model, rank):
 
 # ---------------------------------------------------------------- 4. Method (official code, reviews, our choices)
 # Steps, edits and filters
-INSTRUCTIONS = {  # seven, as in the official code, in our words: id, group, what is asked for
-    "value": ("REPLACE", "Change one number in it, so that the calculation is wrong."),
-    "multi_value": ("REPLACE", "Change one number in it, or a chain of numbers that depend on each other."),
-    "wrong_sub": ("REPLACE", "Put a wrong value or symbol in the place of one in the calculation."),
-    "symbol": ("REPLACE", "Change one operator of the calculation, such as + to -."),
-    "swap": ("SWAP", "Exchange two terms of the calculation."),
-    "del_term": ("DELETE", "Leave out one term of the calculation."),
-    "wording": ("REPLACE", "Change related words, so that the question is misread."),
+INSTRUCTIONS = {  # seven, as in the official code, in our words: replace, exchange or leave out
+    "value": "Change one number in it, so that the calculation is wrong.",
+    "multi_value": "Change one number in it, or a chain of numbers that depend on each other.",
+    "wrong_sub": "Put a wrong value or symbol in the place of one in the calculation.",
+    "symbol": "Change one operator of the calculation, such as + to -.",
+    "swap": "Exchange two terms of the calculation.",
+    "del_term": "Leave out one term of the calculation.",
+    "wording": "Change related words, so that the question is misread.",
 }
 SOLVE = ("{}\n\nSolve this step by step. Write each step on a line of its own that begins with 'Step 1:', 'Step 2:' "
          "and so on, and then a last line 'Answer: ' with the number alone.")
@@ -643,7 +639,7 @@ def solve_request(question):
 
 
 def edit_request(kind, question, before, step):
-    return [dict(role="user", content=EDIT.format(question, before, step, INSTRUCTIONS[kind][1]))]
+    return [dict(role="user", content=EDIT.format(question, before, step, INSTRUCTIONS[kind]))]
 
 
 def split_steps(text):
@@ -677,10 +673,6 @@ def levenshtein(a, b):
         for j, y in enumerate(b, 1):
             row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
     return row[-1]
-
-
-def pieces(text):
-    return re.findall(r"\d+(?:\.\d+)?|\w+|[^\w\s]", text)
 
 
 def parse_edit(reply):
@@ -886,7 +878,7 @@ def edit_problems(cfg, backend, rows, b):
 
 
 def build_pairs(cfg, row, edits, program, b):
-    """All pairs of a problem by kind; the arms take what they need."""
+    """All pairs of a problem that the arms take, by kind."""
     rng, found = random_of("pairs", cfg.seed, b, row["id"]), {kind: [] for kind in KINDS}
     found["full"] = [dict(before="", chosen=good, rejected=bad, end=True) for good, bad in row["combinations"]]
     kept = [step for step in edits["steps"] if not step["drop"]]
@@ -907,7 +899,8 @@ def build_pairs(cfg, row, edits, program, b):
             before = head + "".join(label + step for label, step in theirs[:i]) + theirs[i][0]
             found["oracle"] = [dict(before=before, chosen=ours[i][1], rejected=theirs[i][1], end=False)]
             break
-    return dict(id=row["id"], question=row["question"], **found)
+    used = {"full", "edit"} | {kind for arm in cfg.arms.split(",") for kind in ARMS[arm]}
+    return dict(id=row["id"], question=row["question"], **{kind: found[kind] * (kind in used) for kind in KINDS})
 
 
 def tokens_of(tok, question, pair):
@@ -954,8 +947,8 @@ def pairs_of_arm(cfg, arm, rows):
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
 def evaluate(run, local, net, sets, held):
-    """What one policy does: right answers (N,) of each set, errors by type on the test set, and what both sides of
-    held-out pairs have gained (P, 2): the mean over the pairs of each problem, by kind."""
+    """What one policy does: right answers (N,) of each set, errors by type on the test set, and what both sides of the
+    pairs of held-out problems have gained (P, 2): the mean over the pairs of each problem, by kind."""
     found = dict(correct={}, errors={}, gain={})
     for name, problems in sets.items():
         questions, answers = [x["question"] for x in problems], [x["answer"] for x in problems]
@@ -968,9 +961,12 @@ def evaluate(run, local, net, sets, held):
         if name == "test" and "program" in problems[0]:
             kinds = [(verify(x["program"], text) or (0, ""))[1] for text, x in zip(texts, problems)]
             found["errors"] = {kind: torch.tensor([k == kind for k in kinds]).double() for kind in TYPES}
-    for kind, (ids, tokens, ref) in held.items():
-        gain, ids = (pair_logp(run, net, tokens) - ref).double(), torch.tensor(ids)
-        found["gain"][kind] = torch.stack([gain[ids == i].mean(0) for i in ids.unique()])
+    for kind in KINDS:
+        pairs = [[(tokens_of(local.tok, row["question"], pair), pair["ref"]) for pair in row[kind]] for row in held]
+        if any(pairs):
+            tokens, ref = zip(*itertools.chain(*pairs))
+            gain = (pair_logp(run, net, tokens) - torch.tensor(ref)).double()
+            found["gain"][kind] = torch.stack([x.mean(0) for x in gain.split([*map(len, pairs)]) if len(x)])
     return found
 
 
@@ -1043,7 +1039,7 @@ def statistics(done):
 # ---------------------------------------------------------------- 6. Training
 def base_example(rng, odd):
     """(prompt, answer) in tokens for the tiny model's own pre-training: four of five times a solution, else an edit."""
-    tok, problem = tiny_words(), make_problem(rng, "sft", **odd)
+    tok, problem = Words(), make_problem(rng, "sft", **odd)
     if rng.random() < 0.8:
         return tok.solve_prompt(problem["question"]), tok.encode(careless_solution(problem, rng)) + tok.stop
     steps, (head, parts) = gold_steps(problem["program"]), split_steps(gold_solution(problem["program"]))
@@ -1084,10 +1080,11 @@ def train_base(cfg, run, b):
         optimizer.zero_grad()
         step += 1
         torch._foreach_lerp_([*average.parameters()], [*model.parameters()], min(1.0, 10 / step))  # the last tenth
-        if step % cfg.log_every == 0 or step == cfg.base_steps:
+        if step % 10 == 0 or step == cfg.base_steps:
             log(step, loss=loss.item())
-        after_step(cfg, run, step, lambda: dict(job=job, model=model.state_dict(),
-                                                average=average.state_dict(), optimizer=optimizer.state_dict()))
+        after_step(run, step % cfg.save_every == 0, lambda: dict(
+            job=job, step=step, model=model.state_dict(), average=average.state_dict(),
+            optimizer=optimizer.state_dict()))
     return average
 
 
@@ -1113,7 +1110,7 @@ def train(cfg, run, job, arm, net, pairs, ref, seed):
         put_state(run, net, optimizer)
     order = presentation(len(pairs), total, cfg.seed, seed, arm)
     loss_of = rft_loss if arm == "1" else functools.partial(
-        rise_loss, beta=cfg.beta, nll=0.0 if arm == "D" else cfg.nll, gate=cfg.nll_gate)
+        rise_loss, beta=cfg.beta, nll=0.0 if arm == "D" else cfg.nll)
     # what accumulate needs: parameters that are learned; sharded ones sum up their gradients at every part
     view, seen = SimpleNamespace(parameters=fit.values, no_sync=contextlib.nullcontext), []
 
@@ -1130,23 +1127,23 @@ def train(cfg, run, job, arm, net, pairs, ref, seed):
     first, net = step, net.train()
     while step < cfg.steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, lr, 0.0, cfg.warmup_steps, cfg.steps)
+            group["lr"] = lr_at(step, lr, 0.0, cfg.steps // 10, cfg.steps)  # (official code)
         rows = order[step * cfg.batch_size :][: cfg.batch_size][run.rank :: run.world]
         seen.clear()
         loss = accumulate(view, collate([pairs[i] for i in rows]) | dict(ref=ref[rows]), cfg.micro_batch or len(rows),
                           loss_sum)
-        norm = nn.utils.clip_grad_norm_(fit.values(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(fit.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if step == 1 or step % cfg.log_every == 0 or step == cfg.steps:
+        if step == 1 or step % 10 == 0 or step == cfg.steps:
             if not loss.isfinite():
                 fail(f"{job}: training diverged; lower --lr")
             margin, right, chosen, rejected = torch.cat(seen, 1).mean(1).tolist()
             per_s = (step - first) * cfg.batch_size / (time.perf_counter() - began)
             log(step, loss=loss.item(), margin=margin, right=right, chosen=chosen, rejected=rejected,
                 gnorm=float(norm), lr=group["lr"], pairs_per_s=per_s)
-        after_step(cfg, run, step, lambda: dict(job=job, **get_state(run, net, optimizer)))
+        after_step(run, step % cfg.save_every == 0, lambda: dict(job=job, step=step, **get_state(run, net, optimizer)))
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1508,30 +1505,22 @@ def load_kernel(name):
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
 
 
-@functools.cache
-def tiny_words():
-    return Words()
-
-
-def save_progress(run, **parts):
-    """run.state, what --resume needs: finished jobs, seconds of all parts of the run, and those of the job at hand."""
-    run.state = dict(done=run.state["done"], seconds=time.perf_counter() - run.began, **parts)
+def save_progress(run, parts=None):
+    """What --resume needs: finished jobs, seconds of all parts of the run, and parts of the job at hand, if new."""
+    run.state = run.state if parts is None else dict(done=run.state["done"], **parts)
+    run.state["seconds"] = time.perf_counter() - run.began
     save_state(run, **run.state)
 
 
-def after_step(cfg, run, step, parts):
-    """Save now and then, and at Ctrl-C, after which the run ends."""
-    if (stop := should_stop(run)) or step % cfg.save_every == 0:
-        save_progress(run, step=step, **parts())
+def after_step(run, due, make_parts=lambda: None):
+    """Save if it is due, and at Ctrl-C, where the run ends."""
+    stop = should_stop(run)
+    if stop or due:
+        save_progress(run, make_parts())
     if stop:
-        stopped(run)
-
-
-def stopped(run):
-    """Say how to go on, and leave."""
-    if not run.rank:
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
-    raise SystemExit(130)
+        if not run.rank:
+            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        raise SystemExit(130)
 
 
 def read_rows(path):
@@ -1547,24 +1536,23 @@ def read_rows(path):
 
 
 def stage(cfg, run, path, todo, make):
-    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of --part items, which are
-    appended at once. What is there is not made again; a part is always made whole, as its random numbers need."""
-    rows, log = read_rows(path), Log(run, path.stem, len(todo))
-    for i in range(0, len(todo), cfg.part):
-        part = todo[i : i + cfg.part]
-        if any(x["id"] not in rows for x in part):
-            if run.world > 1:
-                fail(f"torchrun trains on finished pairs: run the same command alone with --until pairs first ({path})")
-            new = [row for row in make(part) if row["id"] not in rows]
+    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of some, which are appended at
+    once. What is there is not made again; a part is always made whole, as its random numbers need."""
+    rows, log, size = read_rows(path), Log(run, path.stem, len(todo)), max(1, cfg.sample_batch // cfg.k)
+    for i in range(0, len(todo), size):
+        part = todo[i : i + size]
+        missing = {x["id"] for x in part} - rows.keys()
+        if missing and run.world > 1:
+            fail(f"torchrun trains on finished pairs: run the same command alone with --until pairs first ({path})")
+        if missing:
+            new = {row["id"]: row for row in make(part) if row["id"] in missing}
             with open(path, "ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+                file.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
                 file.flush()
                 os.fsync(file.fileno())
-            rows |= {row["id"]: row for row in new}
-            save_progress(run)
-        log(min(i + cfg.part, len(todo)))
-        if should_stop(run):
-            stopped(run)
+            rows |= new
+        log(min(i + size, len(todo)))
+        after_step(run, missing)
     return [rows[x["id"]] for x in todo]
 
 
@@ -1596,7 +1584,7 @@ def make_policy(cfg, run, b, weights=None):
     except (OSError, RuntimeError, SafetensorError) as error:
         fail(f"--model {folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
-    model = add_lora(model, cfg.lora_rank) if cfg.lora_rank else model
+    model = add_lora(model, cfg.lora_rank)
     if weights:
         model.load_state_dict(load_file(weights), strict=False)
     return model if run.world > 1 else model.to(run.device)
@@ -1631,23 +1619,21 @@ def put_state(run, net, optimizer):
 
 
 def work(cfg):
-    """(length of a pair, tokens of pre-training, of the arms, and of what is written), at most, all in all."""
+    """(length of a pair, tokens of pre-training and arms, tokens that are written), at most, all in all."""
     length, jobs = cfg.max_len if cfg.task == "math" else 100, cfg.bases * len(jobs_of(cfg))
     base = cfg.bases * cfg.base_steps * cfg.base_batch * length // 2 * (cfg.task == "chain")
     answers = cfg.bases * cfg.n_problems * (cfg.k + 4) + (jobs + cfg.bases) * cfg.n_test * (1 + EVAL_SAMPLES)
-    return length, base, jobs * cfg.steps * cfg.batch_size * length, answers * cfg.max_new
+    return length, base + jobs * cfg.steps * cfg.batch_size * length, answers * cfg.max_new
 
 
 def ledger(cfg, run):
     """Before anything is trained: measure what a token costs in training and in writing, and say what all will take."""
-    length, base, arms, written = work(cfg)
+    length, trained, written = work(cfg)
     with run.device:
-        model = Decoder(shape_of(cfg))
-        model = add_lora(model, cfg.lora_rank) if cfg.lora_rank else model
-    net, rows = PairLogp(model, cfg.kernels), cfg.micro_batch or cfg.batch_size
-    pairs = [([1] * (length // 2), [1] * (length // 4), [1] * (length // 4))] * (1 if cfg.model else rows)
-    batch = {name: x.to(run.device) for name, x in collate(pairs).items()}
-    local, x = Local(cfg, model, tiny_words(), run.dtype), torch.randn(1024, 1024, device=run.device)
+        model, x = add_lora(Decoder(shape_of(cfg)), cfg.lora_rank), torch.randn(1024, 1024)
+    pairs = [([1] * (length // 2), [1] * (length // 4), [1] * (length // 4))] * (1 if cfg.model else 64)
+    batch = {name: part.to(run.device) for name, part in collate(pairs).items()}
+    net, local = PairLogp(model, cfg.kernels), Local(cfg, model, Words(), run.dtype)
 
     def step():
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
@@ -1660,42 +1646,40 @@ def ledger(cfg, run):
     train = seconds(step) / batch["ids"].numel()
     write = seconds(lambda: generate(local.model, [[1]] * cfg.sample_batch, 4)) / (4 * cfg.sample_batch)
     share = 6 * sum(p.numel() for p in net.parameters()) / train * seconds(lambda: x @ x) / (2 * 1024**3)
-    minutes = ((base + arms) * train + written * write) / 60
-    print(f"a token takes {1e6 * train:.0f} us in training ({share:.0%} of a matmul's FLOP/s), {1e6 * write:.0f} when "
-          f"written: {(base + arms) / 1e6:.1f} and {written / 1e6:.1f} million = {minutes:.1f} minutes at most",
-          flush=True)
+    minutes = (trained * train + written * write) / 60
+    print(f"{1 / train:,.0f} tokens/s in training ({share:.0%} of a matmul's FLOP/s), {1 / write:,.0f} in writing; at "
+          f"most {trained:,} and {written:,} tokens = {minutes:.1f} minutes", flush=True)
     if cfg.scale == "small" and cfg.task == "chain" and minutes > 10:
         print("note: on this machine that is more than the ten minutes that --scale small is made for", flush=True)
 
 
 def dry_run(cfg):
     """What the arms take, without allocating a network."""
-    shape, (length, base, arms, written) = shape_of(cfg), work(cfg)
+    shape, (length, trained, written), rows = shape_of(cfg), work(cfg), cfg.micro_batch or cfg.batch_size
     with torch.device("meta"):
-        model = Decoder(shape)
-        model = add_lora(model, cfg.lora_rank) if cfg.lora_rank else model
+        model = add_lora(Decoder(shape), cfg.lora_rank)
     total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    rows = cfg.micro_batch or cfg.batch_size
     memory = 4 * total + 12 * fit + rows * length * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
-    flops, write = 6 * total * base + (4 * total + 2 * fit) * arms, 2 * total * written
-    print(f"{total:,} parameters, {fit:,} learned | training {base + arms:.2e} tokens, {flops:.2e} FLOPs | writing "
-          f"{written:.2e} tokens, {write:.2e} FLOPs, at most | {memory / 2**30:.1f} GiB (spread over the ranks of "
-          f"torchrun) | {(flops / 200e12 + write / 20e12) / 3600:.2f} hours on one H100")
+    flops, write = (4 * total + 2 * fit) * trained, 2 * total * written
+    print(f"{total:,} parameters, {fit:,} learned | at most {trained:.2e} tokens trained, {flops:.2e} FLOPs, and "
+          f"{written:.2e} written, {write:.2e} FLOPs | {memory / 2**30:.1f} GiB (spread over the ranks of torchrun) | "
+          f"{(flops / 200e12 + write / 20e12) / 3600:.2f} hours on one H100")
     print("assumed: fp32 weights and AdamW, 200 TFLOP/s in training, 20 in writing")
 
 
 def plot_curves(path, log):
-    """Gain in log-probability of the chosen side (line) and the rejected one (dots) by step, for each arm."""
+    """Gain in log-probability of the chosen side (dots) and the rejected one (crosses) by step, for each arm."""
     from matplotlib.figure import Figure
 
-    rows = [row | dict(arm=row["name"].rpartition("-")[2]) for row in map(json.loads, log.read_text().splitlines())]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure, curves = Figure(figsize=(6, 4), layout="constrained"), {}
     axes = figure.subplots()
-    for i, arm in enumerate(dict.fromkeys(row["arm"] for row in rows if "chosen" in row)):
-        mine = [row for row in rows if row["arm"] == arm and "chosen" in row]
-        for side, style in (("chosen", "o"), ("rejected", "x")):
-            axes.plot([row["step"] for row in mine], [row[side] for row in mine], style, color=f"C{i}", markersize=3,
-                      label=f"{arm} {side}")
+    for row in map(json.loads, log.read_text().splitlines()):
+        if "chosen" in row:
+            curves.setdefault(row["name"].rpartition("-")[2], []).append((row["step"], row["chosen"], row["rejected"]))
+    for i, (arm, points) in enumerate(curves.items()):
+        steps, *sides = zip(*points)
+        for side, style, name in zip(sides, "ox", ("chosen", "rejected")):
+            axes.plot(steps, side, style, color=f"C{i}", markersize=3, label=f"{arm} {name}")
     axes.set(xlabel="step", ylabel="gain in log-probability")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
@@ -1741,29 +1725,17 @@ def make_pairs(cfg, run, b, tok, problems):
     return [row for row in rows if row["edit"] and row["full"]], counts
 
 
-def hold_out(rows, tok):
-    """{kind: (problem's ids, token pairs, reference log-probabilities)} of problems whose number ends in 9."""
-    held = {}
-    for kind in KINDS:
-        some = [(row["id"], tokens_of(tok, row["question"], pair), pair["ref"]) for row in rows if row["id"] % 10 == 9
-                for pair in row[kind]]
-        if some:
-            ids, tokens, ref = zip(*some)
-            held[kind] = ids, tokens, torch.tensor(ref)
-    return held
-
-
 def run_base(cfg, run, b, problems, sets, until):
     """One base model: its pairs, then the arms. Returns counts of what the pairs are."""
     folder = run.out / f"b{b}"
     folder.mkdir(exist_ok=True)
     if not cfg.model and not (folder / "base.safetensors").exists():
         replace_file(folder / "base.safetensors", export(train_base(cfg, run, b)))
-    tok = Chatter(fetch_model(cfg.model)) if cfg.model else tiny_words()
+    tok = Chatter(fetch_model(cfg.model)) if cfg.model else Words()
     rows, counts = make_pairs(cfg, run, b, tok, problems)
     if until == "pairs":
         return counts
-    held, rows = hold_out(rows, tok), [row for row in rows if row["id"] % 10 != 9]
+    held, rows = ([row for row in rows if (row["id"] % 10 == 9) == out] for out in (True, False))
     if len(rows) < 2:
         fail(f"{folder}/pairs.jsonl: pairs of {len(rows)} problems are too few to train on: raise --n-problems or --k")
     if cfg.batch_size % run.world:
@@ -1782,7 +1754,7 @@ def run_base(cfg, run, b, problems, sets, until):
             learned = {name.removeprefix("model."): p.contiguous() for name, p in get_state(run, net)["model"].items()}
             if not run.rank:
                 replace_file(weights, save(learned))
-            save_progress(run)
+            save_progress(run, {})
         if run.world == 1:
             net = PairLogp(make_policy(cfg, run, b, weights if arm != "0" else None), cfg.kernels)
             run.state["done"][job] = evaluate(run, Local(cfg, net.model, tok, run.dtype), net, sets, held)
@@ -1847,7 +1819,8 @@ def main(argv=None):
     if run.world == 1:
         ledger(cfg, run)
     found = [run_base(cfg, run, b, problems, sets, until) for b in range(cfg.bases)]
-    counts = {name: float(np.mean([x.get(name, 0) for x in found])) for name in dict.fromkeys(itertools.chain(*found))}
+    counts = {name: [x[name] for x in found if name in x] for name in dict.fromkeys(itertools.chain(*found))}
+    counts = {name: float(np.sum(x)) / (len(x) if "hardness" in name else cfg.bases) for name, x in counts.items()}
     if until == "pairs" or run.world > 1:
         if not run.rank:
             print(f"{run.out}: {json.dumps(counts)}; go on with the same command, --until eval and --resume")

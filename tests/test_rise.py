@@ -75,7 +75,7 @@ def test_t9_gold_solutions_are_right_and_parts_do_not_meet():
     for row in itertools.chain(*rows.values()):
         text = m.gold_solution(row["program"])
         assert m.verify(row["program"], text) is None and m.is_correct(text, row["answer"])
-        tok = m.tiny_words()
+        tok = m.Words()
         assert tok.decode(tok.encode(text)) == text and tok.decode(tok.encode(row["question"])) == row["question"]
         assert all(0 <= result < 30 for *_, result in m.gold_steps(row["program"]))
     programs = [{row["program"] for row in part} for part in rows.values()]
@@ -238,7 +238,7 @@ def test_random_corruption():
     for _ in range(300):
         new = m.random_corruption(step, 2, rng)
         changed = [i for i, (a, b) in enumerate(zip(m.pieces(step), m.pieces(new))) if a != b]
-        assert m.tiny_words().decode(m.tiny_words().encode(new)) == new[1:]  # the tiny model knows all of it
+        assert m.Words().decode(m.Words().encode(new)) == new[1:]  # the tiny model knows all of it
         assert len(changed) == 2 and 5 not in changed and re.fullmatch(r" \d+ \S \d+ \S \d+ = \d+\n", new), new
         hits = [n + (i in changed) for i, n in enumerate(hits + [0])][:7]
     assert min(n for i, n in enumerate(hits) if i != 5) > 50
@@ -426,7 +426,8 @@ def test_lora():
 
 
 # ---------------------------------------------------------------- the chain, with planted samples
-TINY = "--scale smoke --n-problems 24 --k 4 --part 8 --n-embd 16 --n-test 4 --n-dev 2 --steps 2 --batch-size 4".split()
+TINY = "--scale smoke --n-problems 24 --k 4 --sample-batch 32 --n-embd 16 --n-test 4 --n-dev 2 --steps 2".split()
+TINY += ["--batch-size", "4"]
 
 
 def planted_sample(program, rng):
@@ -524,13 +525,13 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
             assert any((pair["before"] + pair["rejected"]) in s["text"] for s in rows["samples"][row["id"]]["samples"])
     net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
     pairs = [(row["question"], pair) for row in rows["pairs"].values() for kind in m.KINDS for pair in row[kind]]
-    again = m.pair_logp(a_run(None), net, [m.tokens_of(m.tiny_words(), *both) for both in pairs])
+    again = m.pair_logp(a_run(None), net, [m.tokens_of(m.Words(), *both) for both in pairs])
     assert torch.allclose(torch.tensor([pair["ref"] for _, pair in pairs]), again, atol=1e-5)
     assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
     assert len(set(weights(out).values())) == len(weights(out))
     assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
     text = capsys.readouterr().out
-    assert text.index("a token takes") < text.index("samples step")  # the ledger comes first
+    assert text.index("tokens/s in training") < text.index("samples step")  # the ledger comes first
 
 
 def test_a_stage_goes_on_where_it_was_cut(planted, here):
@@ -584,7 +585,7 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
     def pairs(seed):
         return [(c, [2 * (t // 2) for t in a], [2 * (t // 2) + 1 for t in b]) for c, a, b in token_pairs(40, seed)]
 
-    cfg, margin, chosen = m.Config(steps=12, batch_size=16, lr=3e-3, log_every=99, seeds=1), {}, {}
+    cfg, margin, chosen = m.Config(steps=12, batch_size=16, lr=3e-3, seeds=1), {}, {}
     for name, arm in (("right", "C"), ("swapped", "C"), ("dpo", "D")):
         net = m.PairLogp(network(torch.float32))
         fit = [(c, b, a) for c, a, b in pairs(0)] if name == "swapped" else pairs(0)
@@ -613,7 +614,7 @@ def test_arms_see_each_problem_equally_often():
 
 
 def test_ends_are_tokens_of_whole_solutions_only():
-    tok = m.tiny_words()
+    tok = m.Words()
     pair = dict(before="Step 1 :", chosen=" 1 + 2 = 3\n", rejected=" 1 + 2 = 4\n", end=False)
     context, chosen, rejected = m.tokens_of(tok, "ana has 1 pens", pair)
     assert context == tok.solve_prompt("ana has 1 pens") + tok.encode("Step 1 :")
@@ -623,7 +624,7 @@ def test_ends_are_tokens_of_whole_solutions_only():
 
 def test_what_was_cut_has_no_end(monkeypatch):
     """A sample as long as --max-new is none, and an edit as long has no closing fence, so that it is not parsed."""
-    tok = m.tiny_words()
+    tok = m.Words()
     word, cfg = tok.encode("keys"), m.Config(max_new=4)
     monkeypatch.setattr(m, "generate", lambda model, prompts, *_: [word * (len(p) % 2 + 3) for p in prompts])
     local = m.Local(cfg, network(), tok)
@@ -635,7 +636,7 @@ def test_what_was_cut_has_no_end(monkeypatch):
 
 def test_text_is_no_control_token():
     """Words that stand for the end, a request or an edit are dropped from texts."""
-    tok = m.tiny_words()
+    tok = m.Words()
     assert tok.encode("<eos> | => <swap> ana") == tok.encode("ana") and tok.encode("no such words") == []
 
 
@@ -695,22 +696,26 @@ def test_claims_and_verdicts():
 
 def test_held_out_pairs_are_clustered_by_problem():
     """One row for each problem, the mean over its pairs: the bootstrap draws problems, not pairs."""
-    net, pairs = m.PairLogp(network(torch.float32)), token_pairs(5)
-    ref = torch.arange(10.0).view(5, 2)
-    held = dict(edit=([19, 9, 19, 19, 29], pairs, ref))
-    found = m.evaluate(a_run(None), None, net, {}, held)["gain"]["edit"]
-    gain = m.pair_logp(a_run(None), net, pairs).double() - ref
-    wanted = [gain[1], (gain[0] + gain[2] + gain[3]) / 3, gain[4]]
-    assert torch.allclose(found, torch.stack(wanted))
+    net, texts = m.PairLogp(network(torch.float32)), ["1 + 2 = 3", "4 - 1 = 3", "5", "6 * 2 = 12", "9 + 9 = 18"]
+    pairs = [dict(before="Step 1 :", chosen=x, rejected=y, end=True, ref=[-i, i / 2])
+             for i, (x, y) in enumerate(zip(texts, texts[::-1]))]
+    pairs[2]["rejected"] = "7"
+    held = [dict(question="ana has 3 pens", full=x, edit=[], random=[], oracle=[]) for x in (pairs[:1], pairs[1:4],
+                                                                                             [], pairs[4:])]
+    found = m.evaluate(a_run(None), m.Local(m.Config(), net.model, m.Words()), net, {}, held)["gain"]
+    logp = m.pair_logp(a_run(None), net, [m.tokens_of(m.Words(), "ana has 3 pens", pair) for pair in pairs])
+    gain = logp.double() - torch.tensor([pair["ref"] for pair in pairs])
+    assert found.keys() == {"full"} and torch.allclose(found["full"], torch.stack(
+        [gain[0], gain[1:4].mean(0), gain[4]]), atol=1e-5)
 
 
 def test_sampling_has_the_dtype_of_the_run():
     """A bfloat16 copy for what is written; the weights that are trained stay as they are."""
     model = network(torch.float32)
-    local = m.Local(m.Config(max_new=3), model, m.tiny_words(), torch.bfloat16)
+    local = m.Local(m.Config(max_new=3), model, m.Words(), torch.bfloat16)
     assert {p.dtype for p in local.model.parameters()} == {torch.bfloat16} and len(local.solve(["ana has"])) == 1
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert m.Local(m.Config(), model, m.tiny_words()).model is model
+    assert m.Local(m.Config(), model, m.Words()).model is model
 
 
 # ---------------------------------------------------------------- endpoint
@@ -865,7 +870,7 @@ def test_smollm2_edits_and_learns(here, monkeypatch):
 
     flags = ["--task", "math", "--model", str(real.smollm2()), "--out", "x", "--arms", "0,C", "--n-problems", "11",
              "--n-test", "2", "--k", "2", "--max-new", "40", "--steps", "2", "--batch-size", "2", "--micro-batch", "1",
-             "--edit-alpha", "99", "--warmup-steps", "1", "--lora-rank", "4"]
+             "--edit-alpha", "99", "--lora-rank", "4"]
     answers = {x["question"]: x["answer"] for x in m.load_sets(m.cli(m.Config, m.SCALES, flags))[0]}
     monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [
         text for question in questions for _ in range(k // 2) for text in (
@@ -874,3 +879,16 @@ def test_smollm2_edits_and_learns(here, monkeypatch):
     result = m.main(flags)
     assert result["metrics"]["edits/asked"] == 22 and result["metrics"]["edits/kept"] > 0.1
     assert "fewer-subtle-errors" not in {claim["id"] for claim in result["claims"]} and result["metrics"]["C/test"] <= 1
+
+
+@pytest.mark.real
+def test_smollm2_goes_through_the_chain(here, capsys):
+    """README's command with fewer problems: its own samples, edits, pairs, DPO with LoRA, margins."""
+    import real
+
+    flags = ["--task", "math", "--scale", "smoke", "--model", str(real.smollm2()), "--out", "x"]
+    result = m.main([*flags, "--n-problems", "10", "--n-test", "2", "--steps", "4", "--batch-size", "2"])
+    found, log = result["metrics"], read(here / "x" / "log.jsonl")
+    assert found["samples/right"] > 0.1 and found["edits/kept"] > 0 and result["claims"] == []
+    margins = [row["margin"] for row in log if "margin" in row]
+    assert abs(margins[0]) < 1e-3 and margins[-1] > 0 and "edits/asked" in capsys.readouterr().out
