@@ -37,7 +37,7 @@ Differences from the paper, of which the official code and summaries were at han
               compute and errs by habit. This was chosen after a first look: with right solutions alone it lacked
               skill, and no arm improved it beyond noise (dev). A fifth of the pre-training is edits made by rule: their
               style is taught, and their errors are like those of the habits, which favours C before E.
-  prompt      a chat model sees one worked example before the problem (official code: none).
+  prompt      a chat model sees two problems with solutions before its own (official code: none).
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
   NLL         lambda is not known: 1, by token, gated as later notes say (the official script has none).
@@ -49,7 +49,7 @@ Differences from the paper, of which the official code and summaries were at han
   equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Each arm has its
               best learning rate on dev problems out of two to five (TRIED counts all settings, more for A and C); that
               of 1, B and F is at the end of those tried. E changes as many words as the edit did, numbers by numbers.
-  endpoint    its replies cannot be begun with "Step 1:": it is asked for the format instead.
+  endpoint    its replies cannot be begun with "Step 1:": the two solutions alone show the form.
   left out    MATH's answers, AQuA, logic and code tasks, edits verified to be wrong as an arm.
 
 Copy out: rise_loss, PairLogp with token_logp and collate, levenshtein, split_steps with LABEL, Lora
@@ -205,7 +205,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, arms=",".join("01ABCDEF")),
     "paper": dict(REAL, n_problems=8888, micro_batch=2, max_new=2048, lora_rank=0, temp=0.2, top_p=0.9, lr=5e-7,
                   batch_size=128, steps=560),
-    "smoke:math": dict(REAL, arms="0,C", n_problems=50, n_test=20, k=5, temp=0.5, max_new=60, max_len=320,
+    "smoke:math": dict(REAL, arms="0,C", n_problems=50, n_test=10, k=5, temp=0.5, max_new=60, max_len=320,
                        sample_batch=125, steps=20, batch_size=4),
     "small:math": REAL,
     "long:math": dict(REAL, bases=1, n_problems=7473, n_test=1319, seeds=3, steps=300),
@@ -243,16 +243,16 @@ def write_step(numbers, ops, result):
     return " ".join([str(numbers[0]), *(f"{op} {n}" for op, n in zip(ops, numbers[1:])), "=", str(result)])
 
 
-def make_program(rng, part, lengths):
+def make_program(rng, part, lengths=(2, 3, 4), terms=(1, 2, 2), most=6, times=0.25):
     """(start, ((ops, numbers), ...)) with all results in 0..29, and a hash that belongs to this part of the data."""
     while True:
         start, events, length = rng.randint(2, 20), [], rng.choice(lengths)
         value = start
         while len(events) < length and 0 <= value < 30:
             ops, numbers = ("*",), (rng.choice((2, 3)),)
-            if rng.random() < 0.75 or value * numbers[0] >= 30:
-                ops = tuple(rng.choice("+-") for _ in range(rng.choice((1, 2, 2))))
-                numbers = tuple(rng.randint(1, 6) for _ in ops)
+            if rng.random() >= times or value * numbers[0] >= 30:
+                ops = tuple(rng.choice("+-") for _ in range(rng.choice(terms)))
+                numbers = tuple(rng.randint(1, most) for _ in ops)
             value = compute((value, *numbers), ops)
             events.append((ops, numbers))
         program = start, tuple(events)
@@ -269,9 +269,9 @@ def gold_steps(program):
     return steps
 
 
-def make_problem(rng, part, lengths=(2, 3, 4), verbs=VERBS):
+def make_problem(rng, part, verbs=VERBS, **limits):
     """A question with one number that plays no part, its answer, its program and the verbs of each event."""
-    program, who, (thing, other) = make_program(rng, part, lengths), rng.choice(WHO), rng.sample(THINGS, 2)
+    program, who, (thing, other) = make_program(rng, part, **limits), rng.choice(WHO), rng.sample(THINGS, 2)
     used = [[rng.choice(verbs[n if op == "*" else op]) for op, n in zip(*event)] for event in program[1]]
     told = [" and ".join(f"{verb} {'them' if op == '*' else n}" for verb, op, n in zip(words, *event))
             for words, event in zip(used, program[1])]
@@ -371,13 +371,13 @@ def is_correct(text, answer):
 
 def make_problems(part, count, seed, **odd):
     """Problems of one part of the data, no program twice; odd: other lengths or verbs."""
-    rng, seen, rows = random_of(part, seed, odd), set(), []
-    while len(rows) < count:
+    rng, rows = random_of(part, seed, odd), {}
+    for _ in range(1000 * count):
         row = make_problem(rng, part, **odd)
-        if row["program"] not in seen:
-            seen.add(row["program"])
-            rows.append(dict(id=len(rows), **row))
-    return rows
+        rows.setdefault(row["program"], dict(id=len(rows), **row))
+        if len(rows) == count:
+            return [*rows.values()]
+    fail(f"--n-problems, --n-test: there are no {count} different problems of this kind; --data takes yours")
 
 
 def random_of(*key):
@@ -388,7 +388,7 @@ def in_sentences(question):
     """A generated problem as one tells it: Ana has 6 pens. Ana gives 2. How many pens does Ana have now?"""
     first, *events, last = question.split(" . ")
     who = first.split()[0]
-    told = [first, *(part if part.startswith("the box") else f"{who} {part}" for part in events)]
+    told = [first, *(f"{who} {part}" for part in events if not part.startswith("the box"))]
     told.append(last.replace(" ?", f" does {who.capitalize()} have now?"))
     return ". ".join(part[0].upper() + part[1:] for part in told)
 
@@ -621,10 +621,10 @@ INSTRUCTIONS = {  # seven, as in the official code, in our words: replace, excha
     "del_term": "Leave out one term of the calculation.",
     "wording": "Change related words, so that the question is misread.",
 }
-SOLVE = ("{}\n\nSolve this step by step. Write each step on a line of its own that begins with 'Step 1:', 'Step 2:' "
-         "and so on, and then a last line 'Answer: ' with the number alone.")
-EXAMPLE = ("Tom has 5 apples. The shop has 9 hats. Tom finds 3 and eats 1. How many apples does Tom have now?",
-           "Step 1: 5 + 3 = 8\nStep 2: 8 - 1 = 7\nAnswer: 7")
+EXAMPLES = [("Tom has 12 apples. Tom finds 5. How many apples does Tom have now?",
+             "Step 1: Tom has 12 apples and finds 5, so 12 + 5 = 17.\nAnswer: 17"),
+            ("Mia has 14 cards. Mia loses 4. How many cards does Mia have now?",
+             "Step 1: Mia has 14 cards and loses 4, so 14 - 4 = 10.\nAnswer: 10")]
 EDIT = ("Question:\n```\n{}\n```\nSolution so far:\n```\n{}\n```\nCurrent step:\n```\n{}\n```\nRewrite the current "
         "step. {} Do not say that there is a mistake. Reply with the edited step alone, between ``` and ```.")
 TELLTALE = "a mistake", "let's reconsider", "let me reconsider", "the correct", "python"  # (official code)
@@ -632,10 +632,9 @@ GIVEAWAY = (*TELLTALE, "mistake", "incorrect", "wrong", "erroneous", "an error")
 
 
 def solve_request(question):
-    """Messages that ask a chat model for a solution, after one that is worked out. (our choice; official code: none)"""
-    example, solution = EXAMPLE
-    return [dict(role="user", content=SOLVE.format(example)), dict(role="assistant", content=solution),
-            dict(role="user", content=SOLVE.format(question))]
+    """Messages that ask a chat model for a solution, after two that show the form. (our choice; official code: none)"""
+    turns = [*itertools.chain(*EXAMPLES), question]
+    return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)]
 
 
 def edit_request(kind, question, before, step):
@@ -1792,7 +1791,8 @@ def load_sets(cfg):
         problems = read_problems(cfg.data, "--data", cfg.n_problems)
         both = {x["question"] for x in problems} & {x["question"] for rows in test.values() for x in rows}
         return (problems, test) if not both else fail(f"--data has questions of --test-data: {min(both)[:60]!r}")
-    easy = dict(lengths=(1,) if cfg.scale == "smoke" else (1, 2)) if cfg.model else {}
+    easy = dict(lengths=(1,), terms=(1,), most=12, times=0.0) if cfg.scale == "smoke" else dict(lengths=(1, 2))
+    easy = easy if cfg.model else {}
     problems = make_problems("dpo", cfg.n_problems, cfg.seed, **easy)
     sets = dict(dev=make_problems("dev", cfg.n_dev, 0), test=make_problems("test", cfg.n_test, 0, **easy))
     if cfg.model:  # such a model does not write its steps as the verifier reads them: without programs

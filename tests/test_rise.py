@@ -773,12 +773,12 @@ def test_wrong_endpoints(rejects, tmp_path):
 def test_t12_endpoint_and_local_give_the_same_rows(chat, tmp_path):
     """T12: for scripted replies the JSONL of both back-ends is one; a malformed reply is a dropped item."""
     rows = problems(4)
-    answers = {m.SOLVE.format(x["question"]): m.gold_solution(x["program"]) for x in rows}
+    answers = {x["question"]: m.gold_solution(x["program"]) for x in rows}
     chat.answer = lambda payload: answers.get(payload["messages"][-1]["content"], "```\n1 + 1 = 3\n```")
 
     class Scripted:
         def sample(self, questions, k, key):
-            return [answers[m.SOLVE.format(q)] for q in questions for _ in range(k)]
+            return [answers[q] for q in questions for _ in range(k)]
 
         def edit(self, requests, key):
             return ["```\n1 + 1 = 3\n```"] * len(requests)
@@ -833,6 +833,14 @@ def test_wrong_data(rejects, tmp_path):
     both = ["--data", tmp_path / "d.jsonl", "--test-data", tmp_path / "d.jsonl"]
     rejects(m.main, ["--task", "math", "--model", "x", *both], "--test-data", "'q'")
     assert m.read_problems(tmp_path / "d.jsonl", "--data", 9) == [dict(id=0, question="q", answer="1,000")]
+
+
+def test_problems_that_do_not_exist(rejects):
+    """The simplest ones are few: one line, no endless search."""
+    odd = dict(lengths=(1,), terms=(1,), most=2, times=0.0)
+    rejects(lambda argv: m.make_problems("dpo", 60, 0, **odd), [], "--n-problems", "60")
+    assert m.in_sentences("ana has 6 pens . the box has 3 cups . gives 2 and wins 1 . how many pens ?") == \
+        "Ana has 6 pens. Ana gives 2 and wins 1. How many pens does Ana have now?"
 
 
 def test_too_few_pairs_and_other_directories(planted, here, rejects, monkeypatch):
