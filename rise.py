@@ -1617,21 +1617,29 @@ def put_state(run, net, optimizer):
                          options=whole.StateDictOptions(full_state_dict=run.world > 1, strict=False))
 
 
-def work(cfg):
-    """(length of a pair, tokens of pre-training and arms, tokens that are written), at most, all in all."""
-    length, jobs = cfg.max_len if cfg.task == "math" else 100, cfg.bases * len(jobs_of(cfg))
+def length_of(cfg):
+    return cfg.max_len if cfg.task == "math" else 100  # tokens of a pair, of which half are the prompt
+
+
+def work(cfg, model):
+    """What a run takes at most: tokens that are trained, read as prompts, written; all parameters and those learned;
+    FLOPs of a token in training."""
+    length, jobs = length_of(cfg), cfg.bases * len(jobs_of(cfg))
     base = cfg.bases * cfg.base_steps * cfg.base_batch * length // 2 * (cfg.task == "chain")
     answers = cfg.bases * cfg.n_problems * (cfg.k + 4) + (jobs + cfg.bases) * cfg.n_test * (1 + EVAL_SAMPLES)
-    return length, base + jobs * cfg.steps * cfg.batch_size * length, answers * cfg.max_new
+    total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    tokens = base + jobs * cfg.steps * cfg.batch_size * length, answers * length // 2, answers * cfg.max_new
+    return tokens, total, fit, 4 * total + 2 * fit
 
 
 def ledger(cfg, run):
     """Before anything is trained: measure what a token costs in training and in writing, and say what all will take."""
-    length, trained, written = work(cfg)
     with run.device:
         model, x = add_lora(Decoder(shape_of(cfg)), cfg.lora_rank), torch.randn(1024, 1024)
-    pairs = [([1] * (length // 2), [1] * (length // 4), [1] * (length // 4))] * (1 if cfg.model else 64)
-    batch = {name: part.to(run.device) for name, part in collate(pairs).items()}
+    (trained, read, written), *_, flops = work(cfg, model)
+    quarter = [1] * (length_of(cfg) // 4)
+    batch = collate([(quarter * 2, quarter, quarter)] * (1 if cfg.model else 64))
+    batch = {name: part.to(run.device) for name, part in batch.items()}
     net, local = PairLogp(model, cfg.kernels), Local(cfg, model, Words(), run.dtype)
 
     def step():
@@ -1644,26 +1652,25 @@ def ledger(cfg, run):
 
     train = seconds(step) / batch["ids"].numel()
     write = seconds(lambda: generate(local.model, [[1]] * cfg.sample_batch, 4)) / (4 * cfg.sample_batch)
-    share = 6 * sum(p.numel() for p in net.parameters()) / train * seconds(lambda: x @ x) / (2 * 1024**3)
-    minutes = (trained * train + written * write) / 60
+    share = flops / train * seconds(lambda: x @ x) / (2 * 1024**3)
+    minutes = ((trained + read / 3) * train + written * write) / 60
     print(f"{1 / train:,.0f} tokens/s in training ({share:.0%} of a matmul's FLOP/s), {1 / write:,.0f} in writing; at "
-          f"most {trained:,} and {written:,} tokens = {minutes:.1f} minutes", flush=True)
+          f"most {trained:,} trained, {read:,} read, {written:,} written = {minutes:.1f} minutes", flush=True)
     if cfg.scale == "small" and cfg.task == "chain" and minutes > 10:
         print("note: on this machine that is more than the ten minutes that --scale small is made for", flush=True)
 
 
 def dry_run(cfg):
-    """What the arms take, without allocating a network."""
-    shape, (length, trained, written), rows = shape_of(cfg), work(cfg), cfg.micro_batch or cfg.batch_size
+    """The same without a measurement and without allocating a network."""
+    shape, rows = shape_of(cfg), (cfg.micro_batch or cfg.batch_size) * length_of(cfg)
     with torch.device("meta"):
-        model = add_lora(Decoder(shape), cfg.lora_rank)
-    total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    memory = 4 * total + 12 * fit + rows * length * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
-    flops, write = (4 * total + 2 * fit) * trained, 2 * total * written
-    print(f"{total:,} parameters, {fit:,} learned | at most {trained:.2e} tokens trained, {flops:.2e} FLOPs, and "
-          f"{written:.2e} written, {write:.2e} FLOPs | {memory / 2**30:.1f} GiB (spread over the ranks of torchrun) | "
-          f"{(flops / 200e12 + write / 20e12) / 3600:.2f} hours on one H100")
-    print("assumed: fp32 weights and AdamW, 200 TFLOP/s in training, 20 in writing")
+        (trained, read, written), total, fit, flops = work(cfg, add_lora(Decoder(shape), cfg.lora_rank))
+    memory = 4 * total + 12 * fit + rows * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
+    hours = (flops * trained / 200e12 + 2 * total * (read / 200e12 + written / 20e12)) / 3600
+    print(f"{total:,} parameters, {fit:,} learned | at most {trained:.2e} tokens trained, {flops * trained:.2e} FLOPs, "
+          f"{read:.2e} read, {written:.2e} written | {memory / 2**30:.1f} GiB (spread over the ranks of torchrun) | "
+          f"{hours:.2f} hours on one H100")
+    print("assumed: fp32 weights and AdamW, 200 TFLOP/s in training and reading, 20 in writing")
 
 
 def plot_curves(path, log):
