@@ -280,15 +280,14 @@ def make_problem(rng, part, verbs=VERBS, **limits):
     return dict(question=question, answer=str(gold_steps(program)[-1][2]), program=program, verbs=used)
 
 
-def gold_solution(program):
-    steps = "".join(f"Step {i} : {write_step(*step)}\n" for i, step in enumerate(gold_steps(program), 1))
-    return f"{steps}Answer : {gold_steps(program)[-1][2]}"
+def write_solution(steps):
+    return "".join(f"Step {i} : {write_step(*step)}\n" for i, step in enumerate(steps, 1)) + f"Answer : {steps[-1][2]}"
 
 
 def careless_solution(problem, rng):
     """A solution as the pre-training corpus has them, with the errors of HABITS, which later steps build on: a model of
     it can compute, and errs by habit. The examples of edits, symbol and del_term, have such errors too."""
-    value, lines = problem["program"][0], []
+    value, steps = problem["program"][0], []
     for (ops, numbers), verbs in zip(problem["program"][1], problem["verbs"]):
         read = ["+" if verb == MISREAD and rng.random() < HABITS["misread"] else op for op, verb in zip(ops, verbs)]
         terms = list(zip(read, numbers))
@@ -296,9 +295,9 @@ def careless_solution(problem, rng):
             del terms[rng.randrange(2)]
         ops, numbers = zip(*terms)
         result = compute((value, *numbers), ops) + (rng.choice((-1, 1)) if rng.random() < HABITS["slip"] else 0)
-        lines.append(write_step((value, *numbers), ops, min(max(result, 0), 99)))
-        value = min(max(result, 0), 99)
-    return "".join(f"Step {i} : {line}\n" for i, line in enumerate(lines, 1)) + f"Answer : {value}"
+        steps.append(((value, *numbers), ops, min(max(result, 0), 99)))
+        value = steps[-1][2]
+    return write_solution(steps)
 
 
 def corrupt(kind, step, rng):
@@ -682,15 +681,10 @@ def parse_edit(reply):
 
 def filter_edit(question, step, edited, alpha):
     """Why an edit is dropped, "" if it is kept: Eq. 1 keeps LD(s, s~) < alpha, here in words, numbers and signs."""
-    if edited is None:
-        return "not parsed"
-    if gives_away(question, edited, GIVEAWAY):
-        return "gives it away"
-    if step.split() == edited.split():
-        return "unchanged"
-    if levenshtein(pieces(step), pieces(edited)) >= alpha:
-        return "too far"
-    return ""
+    return ("not parsed" if edited is None else
+            "gives it away" if gives_away(question, edited, GIVEAWAY) else
+            "unchanged" if step.split() == edited.split() else
+            "too far" if levenshtein(pieces(step), pieces(edited)) >= alpha else "")
 
 
 def gives_away(question, text, words):
@@ -1041,7 +1035,7 @@ def base_example(rng, odd):
     tok, problem = Words(), make_problem(rng, "sft", **odd)
     if rng.random() < 0.8:
         return tok.solve_prompt(problem["question"]), tok.encode(careless_solution(problem, rng)) + tok.stop
-    steps, (head, parts) = gold_steps(problem["program"]), split_steps(gold_solution(problem["program"]))
+    steps, (head, parts) = gold_steps(problem["program"]), split_steps(write_solution(gold_steps(problem["program"])))
     i = rng.randrange(len(steps))
     kind = rng.choice(admissible(parts[i][1]))
     edited = corrupt(kind, steps[i], rng) or write_step(*steps[i])
