@@ -12,7 +12,7 @@ solution, and trains it by DPO to prefer the step that it had, beside pairs of w
 
   python rise.py                 # 7 min on one core: base 53 % right, DPO 83, RISE 80, likelihood 88 (one base)
   python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
-  python rise.py --task math --scale smoke --model DIR    # a chat model goes through the chain once (@@ min)
+  python rise.py --task math --scale smoke --model DIR    # 13 min: a chat model of 135M, 50 problems
   python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # on real problems, LoRA
   ... --endpoint https://host/v1 --endpoint-model NAME    # samples and edits from there, training here
   torchrun --nproc-per-node 8 rise.py ... --resume    # after --until pairs; evaluate by python rise.py ... --resume
@@ -37,7 +37,7 @@ Differences from the paper, of which the official code and summaries were at han
               compute and errs by habit. This was chosen after a first look: with right solutions alone it lacked
               skill, and no arm improved it beyond noise (dev). A fifth of the pre-training is edits made by rule: their
               style is taught, and their errors are like those of the habits, which favours C before E.
-  prompt      a chat model sees two problems with solutions before its own (official code: none).
+  prompt      a chat model sees two problems with solutions before its own, and an edit (official code: none).
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
   NLL         lambda is not known: 1, by token, gated as later notes say (the official script has none).
@@ -626,6 +626,7 @@ EXAMPLES = [("Tom has 12 apples. Tom finds 5. How many apples does Tom have now?
              "Step 1: Mia has 14 cards and loses 4, so 14 - 4 = 10.\nAnswer: 10")]
 EDIT = ("Question:\n```\n{}\n```\nSolution so far:\n```\n{}\n```\nCurrent step:\n```\n{}\n```\nRewrite the current "
         "step. {} Do not say that there is a mistake. Reply with the edited step alone, between ``` and ```.")
+EDITED = ["Tom has 12 apples and finds 5, so 12 + 5 = 17.", "Tom has 12 apples and finds 5, so 12 + 5 = 15."]
 TELLTALE = "a mistake", "let's reconsider", "let me reconsider", "the correct", "python"  # (official code)
 GIVEAWAY = (*TELLTALE, "mistake", "incorrect", "wrong", "erroneous", "an error")  # a longer list for edits
 
@@ -637,7 +638,10 @@ def solve_request(question):
 
 
 def edit_request(kind, question, before, step):
-    return [dict(role="user", content=EDIT.format(question, before, step, INSTRUCTIONS[kind]))]
+    """The same for an edit, after one that shows the form."""
+    example = EDIT.format(EXAMPLES[0][0], "Step 1:", EDITED[0], INSTRUCTIONS["multi_value"])
+    return [dict(role="user", content=example), dict(role="assistant", content=f"Edited step:\n```\n{EDITED[1]}\n```"),
+            dict(role="user", content=EDIT.format(question, before, step, INSTRUCTIONS[kind]))]
 
 
 def split_steps(text):

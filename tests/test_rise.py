@@ -893,17 +893,19 @@ def test_smollm2_edits_and_learns(here, monkeypatch):
             "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1")])
     result = m.main(flags)
     assert result["metrics"]["edits/asked"] == 22 and result["metrics"]["edits/kept"] > 0.1
+    margins = [row["margin"] for row in read(here / "x/log.jsonl") if "margin" in row]
+    assert len(margins) == 2 and abs(margins[0]) < 1e-3 and "C/edit margin" in result["metrics"]
     assert "fewer-subtle-errors" not in {claim["id"] for claim in result["claims"]} and result["metrics"]["C/test"] <= 1
 
 
 @pytest.mark.real
-def test_smollm2_goes_through_the_chain(here, capsys):
-    """README's command with fewer problems: its own samples, edits, pairs, DPO with LoRA, margins."""
+def test_smollm2_makes_pairs_of_its_own_samples(here, capsys):
+    """README's command with fewer problems, up to the pairs: some samples are right, and steps are edited."""
     import real
 
-    flags = ["--task", "math", "--scale", "smoke", "--model", str(real.smollm2()), "--out", "x"]
-    result = m.main([*flags, "--n-problems", "10", "--n-test", "2", "--steps", "4", "--batch-size", "2"])
-    found, log = result["metrics"], read(here / "x" / "log.jsonl")
-    assert found["samples/right"] > 0.1 and found["edits/kept"] > 0 and result["claims"] == []
-    margins = [row["margin"] for row in log if "margin" in row]
-    assert abs(margins[0]) < 1e-3 and margins[-1] > 0 and "edits/asked" in capsys.readouterr().out
+    flags = ["--task", "math", "--scale", "smoke", "--model", str(real.smollm2()), "--out", "x", "--until", "pairs"]
+    found = m.main([*flags, "--n-problems", "8", "--k", "4"])
+    assert 0 < found["samples/right"] < 1 and found["problems/mixed"] > 0 and found["edits/asked"] > 0
+    assert "edits/asked" in capsys.readouterr().out
+    for row in read(here / "x/b0/pairs.jsonl"):
+        assert all(pair["end"] and max(pair["ref"]) < 0 for pair in row["full"])
