@@ -1615,27 +1615,23 @@ def put_state(run, net, optimizer):
                          options=whole.StateDictOptions(full_state_dict=run.world > 1, strict=False))
 
 
-def length_of(cfg):
-    return cfg.max_len if cfg.task == "math" else 100  # tokens of a pair, of which half are the prompt
-
-
 def work(cfg, model):
-    """What a run takes at most: tokens that are trained, read as prompts, written; all parameters and those learned;
-    FLOPs of a token in training."""
-    length, jobs = length_of(cfg), cfg.bases * len(jobs_of(cfg))
+    """What a run takes at most: tokens of a pair, half of it prompt; tokens that are trained, read as prompts, written;
+    all parameters and those learned; FLOPs of a token in training."""
+    length, jobs = cfg.max_len if cfg.task == "math" else 100, cfg.bases * len(jobs_of(cfg))
     base = cfg.bases * cfg.base_steps * cfg.base_batch * length // 2 * (cfg.task == "chain")
     answers = cfg.bases * cfg.n_problems * (cfg.k + 4) + (jobs + cfg.bases) * cfg.n_test * (1 + EVAL_SAMPLES)
     total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
     tokens = base + jobs * cfg.steps * cfg.batch_size * length, answers * length // 2, answers * cfg.max_new
-    return tokens, total, fit, 4 * total + 2 * fit
+    return length, tokens, total, fit, 4 * total + 2 * fit
 
 
 def ledger(cfg, run):
     """Before anything is trained: measure what a token costs in training and in writing, and say what all will take."""
     with run.device:
         model, x = add_lora(Decoder(shape_of(cfg)), cfg.lora_rank), torch.randn(1024, 1024)
-    (trained, read, written), *_, flops = work(cfg, model)
-    quarter = [1] * (length_of(cfg) // 4)
+    length, (trained, read, written), *_, flops = work(cfg, model)
+    quarter = [1] * (length // 4)
     batch = collate([(quarter * 2, quarter, quarter)] * (1 if cfg.model else 64))
     batch = {name: part.to(run.device) for name, part in batch.items()}
     net, local = PairLogp(model, cfg.kernels), Local(cfg, model, Words(), run.dtype)
@@ -1660,10 +1656,10 @@ def ledger(cfg, run):
 
 def dry_run(cfg):
     """The same without a measurement and without allocating a network."""
-    shape, rows = shape_of(cfg), (cfg.micro_batch or cfg.batch_size) * length_of(cfg)
+    shape, rows = shape_of(cfg), cfg.micro_batch or cfg.batch_size
     with torch.device("meta"):
-        (trained, read, written), total, fit, flops = work(cfg, add_lora(Decoder(shape), cfg.lora_rank))
-    memory = 4 * total + 12 * fit + rows * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
+        length, (trained, read, written), total, fit, flops = work(cfg, add_lora(Decoder(shape), cfg.lora_rank))
+    memory = 4 * total + 12 * fit + rows * length * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
     hours = (flops * trained / 200e12 + 2 * total * (read / 200e12 + written / 20e12)) / 3600
     print(f"{total:,} parameters, {fit:,} learned | at most {trained:.2e} tokens trained, {flops * trained:.2e} FLOPs, "
           f"{read:.2e} read, {written:.2e} written | {memory / 2**30:.1f} GiB (spread over the ranks of torchrun) | "
