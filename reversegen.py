@@ -693,7 +693,9 @@ def evaluate(cfg, run, local, world):
             unsure, sure = (row_logp(run, local.model, [(q + tok.encode(f"{text} {PROBE}"), tok.encode(word))
                                                         for q, text in zip(asked, texts)]) for word in SURE)
             c = (sure - unsure).sigmoid()  # p(sure) / (p(sure) + p(unsure)), as R-Tuning (official code)
-            found |= dict(ap=average_precision(o * c, right), ece=calibration_error(o * c, right), sure=c.mean().item())
+            confidence = (o * c).tolist()
+            found |= dict(ap=average_precision(confidence, right), ece=calibration_error(confidence, right),
+                          sure=c.mean().item())
     return found
 
 

@@ -423,7 +423,7 @@ def test_certainty_by_hand(monkeypatch):
     cfg, tok, model, seen = config("--task", "honesty", "--max-new", "4"), m.Words(3), network(torch.float32), []
     items = [m.make_question(random.Random(i), "add 1") for i in range(5)]
     world = SimpleNamespace(sets=dict(test=items), weak=["add 1"], strong=["add 1"])
-    monkeypatch.setattr(m, "average_precision", lambda confidence, right: seen.append(confidence.tolist()) or 0.5)
+    monkeypatch.setattr(m, "average_precision", lambda confidence, right: seen.append(confidence) or 0.5)
     found = m.evaluate(cfg, a_run(), m.Local(cfg, model, tok), world)
     sures = []
     for item, confidence in zip(items, seen[0]):
@@ -443,7 +443,7 @@ def test_rates_are_of_everything_that_was_written():
             dict(instruction="a b", drop="", failure=False, cell="two 1"), dict(instruction="", drop="no reply")]
     found = m.proposer_measures(rows, world)
     assert (found["failure"], found["failure of valid"], found["valid"], found["unique"]) == (0.25, 0.5, 0.5, 0.75)
-    assert found["in blind spots"] == 0.5 and found["coverage"] == pytest.approx(math.log(2) / math.log(3))
+    assert found["in blind spots"] == 0.5 and found["coverage"] == pytest.approx(math.log(2) / math.log(30))
     nothing = m.proposer_measures([dict(instruction="x", drop="invalid")] * 3, world)
     assert nothing["failure"] == nothing["valid"] == nothing["coverage"] == 0
 
