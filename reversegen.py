@@ -1236,8 +1236,8 @@ def set_up(cfg, run, state, b):
 
 
 def look(cfg, run, who, state, b, r, first):
-    """Measure proposer r on all of 500 proposals of prompts of its own; these calls of the target are no part of Q."""
-    path, key = who.folder / f"look{r}.jsonl", ("look", b, r)
+    """Measure proposer r on all proposals for a fixed set of prompts; these calls of the target are no part of Q."""
+    path, key = who.folder / f"look{r}.jsonl", ("look", b)
     rows = read_rows(path, cfg.n_eval)
     if not rows:
         rows = attempt(cfg, who, range(cfg.n_eval), key)
