@@ -165,8 +165,8 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
     "7": "questions of the true blind spots: what exploring could find at best",
 }
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=100, proposer_steps=100, batch_size=16, n_seeds=48,
-                  n_test=30, n_eval=20, rounds=1, shots=1, queries=20, part=40, temp=0.8, dpo_batch=1, dpo_epochs=1,
+    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
+                  n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_epochs=1,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
     "small": {},
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
