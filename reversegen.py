@@ -35,8 +35,9 @@ Differences from the paper, of which the official code and summaries were at han
   judge       always on, before the target is asked: what does not parse is no failure, and counts in all rates
   pairs       of a round's valid proposals; `random` as in the official code, where prompt, failure and success have
               nothing to do with each other. Samples of one prompt as pairs are left out.
-  rounds      the reference of DPO is the proposer of the round before. A round with less than a batch of pairs has no
-              DPO. The last questions come from the round that finds most, among those that did not collapse.
+  rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
+              over ever more pairs it collapsed. With less than a batch of pairs there is none. The last questions
+              come from the round that finds most, among those that did not collapse.
   diversity   MinHash against earlier questions and held-out ones; SemDeDup, on the proposer's own embedding, is off
               by default.
   equal work  all arms: N new questions, the same replay, steps and learning rate; 3 and 4 ask the target equally often.
@@ -102,7 +103,7 @@ class Config:
     n_layer: int = 2  # layers of the tiny models
     n_head: int = 4  # their attention heads
     n_embd: int = 64  # their width
-    target_steps: int = 550  # optimizer steps of a target's own pre-training
+    target_steps: int = 800  # optimizer steps of a target's own pre-training
     proposer_steps: int = 300  # the same of a proposer's
     batch_size: int = 64  # examples of a step, but for DPO
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
@@ -121,13 +122,13 @@ class Config:
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
     pairing: str = "random"  # random|own: prompt, failure and success drawn apart (official code); the failure's prompt
     beta: float = 0.1  # of DPO (paper: 0.1)
+    dpo_steps: int = 10  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
     dpo_batch: int = 32  # pairs of a step (official code: 8)
     dpo_lr: float = 3e-4  # its peak learning rate (official code: 5e-5)
-    dpo_epochs: int = 4  # passes over the pairs of a round (paper: 1)
     # tuning the target
     n_train: int = 500  # N new questions, and as many natural ones that all arms see beside them
-    tune_steps: int = 100  # optimizer steps
-    tune_lr: float = 1e-3  # peak learning rate (official code: 5e-5)
+    tune_steps: int = 120  # optimizer steps
+    tune_lr: float = 6e-4  # peak learning rate (official code: 5e-5)
     # machine and running
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
@@ -166,13 +167,13 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
 }
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
-                  n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_epochs=1,
+                  n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
     "small": {},
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
                  target_steps=1400, proposer_steps=1000),
     "paper": dict(n_layer=32, n_head=32, n_embd=4096, max_new=512, n_seeds=62000, queries=100000, n_train=10000,
-                  tune_steps=2500, batch_size=8, dpo_batch=8, dpo_epochs=1, lr=5e-5, dpo_lr=5e-5, tune_lr=5e-5,
+                  tune_steps=2500, batch_size=8, dpo_batch=8, dpo_steps=5000, lr=5e-5, dpo_lr=5e-5, tune_lr=5e-5,
                   top_p=0.9),
 }
 TRIED = dict.fromkeys(ARMS, 1)  # settings looked at, on dev questions
@@ -629,6 +630,14 @@ def drop_near(rows, before, held):
         kept[i] = not row["drop"]
 
 
+def fresh(world, rng, share, n):
+    """n drawn questions that are as far from each other and from held-out ones as proposals are."""
+    items = [world.draw(rng, share) for _ in range(4 * n)]
+    rows = [dict(item, instruction=item["question"], drop="", asked=0) for item in items]
+    drop_near(rows, [], world.held)
+    return [row for row in rows if not row["drop"]][:n]
+
+
 def respond(cfg, who, rows, key):
     """Ask the target about valid rows, and score what it says; a row says how many calls that took."""
     live, n = [row for row in rows if not row["drop"]], 10 if cfg.task == "honesty" else 1
@@ -846,8 +855,7 @@ def train_dpo(cfg, run, state, job, who, pairs):
     """DPO on pairs (prompt, failure, success); the reference is the proposer before it."""
     sides = [[proposal_row(cfg, who, prompt, text) for text in texts] for prompt, *texts in pairs]
     ref = row_logp(run, who.proposer.model, sum(sides, [])).view(-1, 2)  # (P, 2)
-    steps = -(-cfg.dpo_epochs * len(pairs) // cfg.dpo_batch)
-    order = presentation(len(pairs), steps * cfg.dpo_batch, cfg.seed, job)
+    order = presentation(len(pairs), cfg.dpo_steps * cfg.dpo_batch, cfg.seed, job)
 
     def draw(step):
         some = order[step * cfg.dpo_batch :][: cfg.dpo_batch]
@@ -857,7 +865,7 @@ def train_dpo(cfg, run, state, job, who, pairs):
         logp = completion_logp(model, batch["ids"], batch["target"], cfg.kernels).view(-1, 2)
         return dpo_loss(logp, batch["ref"], cfg.beta).mean()
 
-    return train(cfg, run, state, job, who.proposer.model, steps, cfg.dpo_lr, draw, loss_of)
+    return train(cfg, run, state, job, who.proposer.model, cfg.dpo_steps, cfg.dpo_lr, draw, loss_of)
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1293,7 +1301,7 @@ def new_questions(cfg, run, who, arm, b, proposals):
     world, rng = who.world, random_of("new", cfg.seed, b, arm)
     rows = [row for row in proposals.get(arm, []) if "failure" in row and (arm == "2" or row["failure"])]
     if arm in "17":
-        rows = [world.draw(rng, cfg.weak_mass if arm == "1" else 1.0) for _ in range(cfg.n_train)]
+        rows = fresh(world, rng, cfg.weak_mass if arm == "1" else 1.0, cfg.n_train)
     if arm == "3":
         rng.shuffle(rows)
     if cfg.semdedup_eps and arm in "234" and len(rows) > 5:
@@ -1310,10 +1318,9 @@ def new_questions(cfg, run, who, arm, b, proposals):
 
 def labelled(cfg, who, items, key):
     """honesty: ask the target about questions of which its answers are not known yet, and count the calls."""
-    rows = [dict(instruction=item["question"], drop="", asked=0) | item for item in items]
-    new = [row for row in rows if "entropy" not in row] if cfg.task == "honesty" else []
+    new = [item for item in items if "entropy" not in item] if cfg.task == "honesty" else []
     respond(cfg, who, new, key)
-    return rows, sum(row["asked"] for row in new)
+    return items, sum(item["asked"] for item in new)
 
 
 def tune_rows(cfg, who, items):
@@ -1351,7 +1358,7 @@ def run_target(cfg, run, state, b):
     """One target: its base, its proposers, its arms."""
     who, rng = set_up(cfg, run, state, b), random_of("replay", cfg.seed, b)
     proposals = propose_all(cfg, run, who, state, b)
-    replay = labelled(cfg, who, [who.world.draw(rng, cfg.weak_mass) for _ in range(cfg.n_train)], ("replay", b))[0]
+    replay = labelled(cfg, who, fresh(who.world, rng, cfg.weak_mass, cfg.n_train), ("replay", b))[0]
     for arm in cfg.arms.split(","):
         if arm != "0" and f"b{b}/{arm}" not in state["done"]:
             run_arm(cfg, run, who, state, b, arm, replay, proposals)

@@ -380,7 +380,7 @@ def test_t4_pairs(pairing, fails):
 def test_dpo_prefers_what_it_is_told_to(tmp_path):
     """Learning test: failures of one kind of question, successes of another: the margin of new pairs rises; with the
     sides exchanged, which would pass if the loss ignored them, it falls."""
-    cfg = config("--dpo-batch", "16", "--dpo-lr", "3e-3", "--log-every", "99", "--shots", "3")
+    cfg = config("--dpo-batch", "16", "--dpo-steps", "6", "--dpo-lr", "3e-3", "--log-every", "99", "--shots", "3")
     who, rng, margin = a_team(cfg, 12), random.Random(0), []
 
     def pairs(swap):
