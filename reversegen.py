@@ -122,7 +122,7 @@ class Config:
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
     pairing: str = "random"  # random|own: prompt, failure and success drawn apart (official code); the failure's prompt
     beta: float = 0.1  # of DPO (paper: 0.1)
-    dpo_steps: int = 10  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
+    dpo_steps: int = 8  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
     dpo_batch: int = 32  # pairs of a step (official code: 8)
     dpo_lr: float = 3e-4  # its peak learning rate (official code: 5e-5)
     # tuning the target

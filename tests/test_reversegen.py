@@ -263,6 +263,17 @@ def test_near_questions_are_dropped_and_held_out_ones_never_asked():
     assert [row["drop"] for row in rows] == [""] * 3 + ["seen", "held out", "seen"] + ["seen"] * 3 + ["invalid"]
 
 
+def test_fresh_questions_are_as_far_apart_as_proposals():
+    """For the arms that draw questions: none near another or a held-out one, so that no arm has easier company."""
+    world = m.World(m.Config(n_test=90), 0)
+    rows = m.fresh(world, random.Random(0), 0.5, 40)
+    texts = [row["question"] for row in rows]
+    same = m.jaccard(texts, texts)
+    assert len(rows) == 40 and (same[~np.eye(40, dtype=bool)] < m.NEAR).all()
+    assert (m.jaccard(texts, list(world.held)) < m.NEAR).all()
+    assert 8 <= sum(row["cell"] in world.weak for row in rows) <= 32
+
+
 def unit(n, d=8, seed=0):
     return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
@@ -561,6 +572,34 @@ def test_a_proposer_that_cannot_find_more_stops(planted, here, monkeypatch):
     monkeypatch.setattr(Planted, "write", lambda self, prompts, *_: [[text]] * len(prompts))
     rows = m.explore(cfg, a_run(here), who, "round1", 4, [], ())
     assert len(rows) == 80 and who.target.asked == 1
+
+
+@pytest.mark.parametrize("measures, wanted", [
+    ([(0.1, 0.9, 1), (0.3, 0.9, 1), (0.2, 0.9, 1)], 1), ([(0.1, 0.9, 1), (0.3, 0.9, 1), (0.4, 0.5, 1)], 1),
+    ([(0.1, 0.9, 1), (0.3, 0.9, 0.4), (0.2, 0.9, 1)], 2), ([(0.1, 0.5, 1), (0.3, 0.5, 1), (0.2, 0.5, 1)], 0)])
+def test_the_best_round_that_did_not_collapse(planted, here, monkeypatch, measures, wanted):
+    """Failure of all, among the rounds with valid >= 0.6 and unique >= 0.5; the warm-up proposer if there is none."""
+    cfg, who = planted
+    cfg.rounds, cfg.dpo_batch, loaded = 2, 2, []
+    monkeypatch.setattr(m, "look", lambda cfg, run, who, state, b, r, first: dict(zip(
+        ("failure", "valid", "unique"), measures[r])))
+    monkeypatch.setattr(m, "once", lambda cfg, run, path, make: network())
+    monkeypatch.setattr(m, "new_model", lambda cfg, run, key, path: loaded.append(path.stem) or network())
+    rounds = m.run_rounds(cfg, a_run(here), who, dict(done={}), 0)
+    assert len(rounds) == 2 and loaded == [f"proposer{wanted}"]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_without_both_kinds_of_answer_there_is_no_dpo(planted, here, monkeypatch, capsys, good):
+    """A target that always fails, or never, gives no preference: the proposer stays, and a line says so."""
+    cfg, who = planted
+    monkeypatch.setattr(Planted, "ask", lambda self, contents, n, *_: [
+        [f"answer {m.parse(text)['answer'] if good else 99}"] * n for text in contents])
+    monkeypatch.setattr(m, "look", lambda *_: dict(failure=0.0, valid=1.0, unique=1.0))
+    monkeypatch.setattr(m, "once", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(m, "new_model", lambda cfg, run, key, path: network())
+    m.run_rounds(cfg, a_run(here), who, dict(done={}), 0)
+    assert "0 pairs are too few" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- a target that is an endpoint
