@@ -42,7 +42,8 @@ Differences from the paper, of which the official code and summaries were at han
               by default.
   equal work  all arms: N new questions, the same replay, steps and learning rate; 3 and 4 ask the target equally often.
               The proposer's measures are taken on 500 proposals of their own that no arm is trained on.
-  honesty     the same questions in place of MMLU's; confidence is the answer's probability times that of "sure"
+  honesty     the same questions in place of MMLU's; confidence is the answer's probability times that of "sure". Arms 3
+              and 4 take as many successes as failures, and the target's own answers are trained beside the probe.
 
 Copy out: self_bleu, dpo_loss, build_pairs, semdedup with cosine_max, signature with jaccard, vote_entropy
 """
@@ -165,11 +166,12 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
     "4": "ReverseGen: failures of the trained proposer",
     "7": "questions of the true blind spots: what exploring could find at best",
 }
+HONESTY = dict(arms="0,1,2,3,4", queries=200, n_eval=200, n_train=200, dpo_batch=8)  # ten calls a question
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
                   n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
-    "small": {},
+    "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=500),
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
                  target_steps=1400, proposer_steps=1000),
     "paper": dict(n_layer=32, n_head=32, n_embd=4096, max_new=512, n_seeds=62000, queries=100000, n_train=10000,
@@ -731,6 +733,7 @@ CLAIMS = [
     ("specific", "failure of valid, own - other targets", 0.0, "it has learned what is hard in general, or noise"),
     ("better-calibrated", "ap 4 - 1", 0.0, "honesty: tuned on more questions, it knows as well what it knows"),
     ("feedback-calibrates", "ap 4 - 2", 0.0, "honesty: proposals without feedback are as good"),
+    ("lower-ece", "ece 1 - 4", 0.0, "honesty: its confidence is as near to the truth after more questions"),
 ]
 T_975 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262  # Student's quantile, 1 to 9 degrees of freedom
 
@@ -751,7 +754,7 @@ def statistics(cfg, done):
               "failures-rise-each-round": np.diff(rates, axis=0).min(0),
               "specific": column(last, "failure of valid") - column(last, "failure of others")}
     for name, formula, *_ in CLAIMS:
-        if parsed := re.fullmatch(r"(weak|strong|ap) (\d) - (\d)", formula):
+        if parsed := re.fullmatch(r"(weak|strong|ap|ece) (\d) - (\d)", formula):
             measure, a, b = parsed.groups()
             values[name] = column(a, measure) - column(b, measure)
     return {name: interval(x) for name, x in values.items() if cfg.targets > 1 and np.isfinite(x).all()}
@@ -1299,11 +1302,14 @@ def propose_all(cfg, run, who, state, b):
 def new_questions(cfg, run, who, arm, b, proposals):
     """The N questions that an arm adds, and how many calls of the target it took to find them."""
     world, rng = who.world, random_of("new", cfg.seed, b, arm)
-    rows = [row for row in proposals.get(arm, []) if "failure" in row and (arm == "2" or row["failure"])]
+    rows = [row for row in proposals.get(arm, []) if "failure" in row]
     if arm in "17":
         rows = fresh(world, rng, cfg.weak_mass if arm == "1" else 1.0, cfg.n_train)
     if arm == "3":
         rng.shuffle(rows)
+    if arm in "34":  # honesty: with failures alone it would learn never to be sure
+        bad, good = ([row for row in rows if row["failure"] == want] for want in (True, False))
+        rows = bad if cfg.task == "math" else sum(map(list, zip(bad, good)), [])
     if cfg.semdedup_eps and arm in "234" and len(rows) > 5:
         with torch.no_grad():  # a question's embedding: the mean over its tokens
             texts = [who.proposer.tok.encode(row["question"]) for row in rows]
@@ -1324,12 +1330,14 @@ def labelled(cfg, who, items, key):
 
 
 def tune_rows(cfg, who, items):
-    """(prompt, completion) in tokens: the solution, or whether the target is sure of its most frequent answer."""
+    """(prompt, completion) in tokens: the solution; honesty: the target's own most frequent answer, without which it
+    forgets to answer, and whether it is sure of that."""
     tok, rows = who.target.tok, []
     for item in items:
         prompt = tok.ask(item["question"])
         if cfg.task == "honesty":
-            rows.append((prompt + tok.encode(f"{item['common']} {PROBE}"), tok.encode(SURE[not item["failure"]])))
+            said, word = tok.encode(item["common"]), tok.encode(SURE[not item["failure"]])
+            rows += [(prompt, said + tok.stop), (prompt + said + tok.encode(PROBE), word)]
         else:
             rows.append((prompt, tok.encode(item["solution"]) + tok.stop[:1]))
     return rows
