@@ -145,9 +145,9 @@ class Config:
         arms, zeros = self.arms.split(","), "seed weak_mass starved beta semdedup_eps lr dpo_lr tune_lr".split()
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
+        least, most = dict(temp=1e-3, top_p=1e-3, n_test=3), dict(weak_mass=1, starved=1, top_p=1, n_test=9000)
         for name, value in vars(self).items():
-            low, high = int(name not in zeros), 1 if name in ("weak_mass", "starved", "top_p") else math.inf
-            low = 1e-3 if name in ("temp", "top_p") else low
+            low, high = least.get(name, int(name not in zeros)), most.get(name, math.inf)
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
         if self.n_seeds <= self.shots:
