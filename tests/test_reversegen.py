@@ -808,7 +808,8 @@ BAD = {
     "--top-p 1.5": "--top-p", "--temp 0": "--temp", "--lr nan": "--lr", "--n-embd 30": "--n-embd --n-head",
     "--kernels": "--kernels CUDA", "--device cuda": "--device cuda", "--n-seeds 1": "--n-seeds --shots",
     "--target http://h/v1": "--target #MODEL --targets 1", "--target http://h/v1#x": "--targets 1",
-    "--weak-mass 2": "--weak-mass", "--n-test 1": "--n-test 3 9000", "--n-test 10000": "--n-test 9000", "--task honesty --target http://h/v1#x --targets 1": "--task math",
+    "--weak-mass 2": "--weak-mass", "--n-test 1": "--n-test 3 9000", "--n-test 10000": "--n-test 9000",
+    "--task honesty --target http://h/v1#x --targets 1": "--task math",
     "--pairing odd": "odd own"}
 
 
