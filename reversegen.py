@@ -10,9 +10,9 @@ Li, Gao, Wang, Pi, Zhao, Wu, Jiang, Li, Kong, ICLR 2025, arXiv 2410.16736
 A proposer writes questions, a target answers them. Those that the target fails at are what the proposer shall prefer:
 it is trained by DPO, again and again, until it writes what the target cannot do. The target is then tuned on that.
 
-  python reversegen.py                      # MINUTES
+  python reversegen.py                      # about 6 minutes on one idle core
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
-  python reversegen.py --scale long --targets 1 --seed 1    # rarer blind spots, one target of five
+  python reversegen.py --scale long --targets 1 --seed 1                      # rarer blind spots, one target of five
   python reversegen.py --target https://host/v1#MODEL --targets 1 --arms 4    # what a served model fails at, as JSONL
 
 Symbols (B rows, L tokens)
@@ -36,7 +36,7 @@ Differences from the paper, of which the official code and summaries were at han
   pairs       of a round's valid proposals; `random` as in the official code, where prompt, failure and success have
               nothing to do with each other. Samples of one prompt as pairs are left out.
   rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
-              over ever more pairs it collapsed. With less than a batch of pairs there is none. The last questions
+              over ever more pairs it collapsed. With fewer pairs than half a batch there is none. The last questions
               come from the round that finds most, among those that did not collapse.
   diversity   MinHash against earlier questions and held-out ones; SemDeDup, on the proposer's own embedding, is off
               by default.
@@ -110,7 +110,7 @@ class Config:
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
     n_seeds: int = 1500  # seed questions (paper: 2448 to 62,000)
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
-    starved: float = 0.001  # their share in the target's pre-training
+    starved: float = 0.0005  # their share in the target's pre-training
     n_test: int = 900  # held-out questions, equally many of each cell; a third as many natural and reworded ones
     n_eval: int = 500  # proposals that are looked at after each round, none of them left out
     # exploration
@@ -1238,9 +1238,9 @@ def set_up(cfg, run, state, b):
             state["done"][f"b{b}/0"] = evaluate(cfg, run, who.target, world)
             remember(run, state)
         weak, strong = (state["done"][f"b{b}/0"][name] for name in ("weak", "strong"))
-        if cfg.scale != "smoke" and (weak > 0.6 or strong < 0.8):
+        if cfg.scale != "smoke" and (weak > 0.7 or strong < 0.8):
             fail(f"b{b}: the target has {weak:.0%} of its blind spots right and {strong:.0%} of the rest, but the "
-                 "comparison needs at most 60% and at least 80%: change --starved, --target-steps or --lr")
+                 "comparison needs at most 70% and at least 80%: change --starved, --target-steps or --lr")
     who.proposer = Local(cfg, once(cfg, run, folder / "proposer0.safetensors",
                                    lambda: train_proposer(cfg, run, state, b, who)), tok)
     return who
@@ -1271,7 +1271,7 @@ def run_rounds(cfg, run, who, state, b):
         scored = [row for row in found[-1] if "failure" in row]
         pairs = build_pairs(scored, cfg.pairing, random_of("pairs", cfg.seed, b, r))
         files.append(who.folder / f"proposer{r}.safetensors")
-        if len(pairs) < cfg.dpo_batch:  # a target that always or never fails gives no preference
+        if 2 * len(pairs) < cfg.dpo_batch:  # a target that always or never fails gives no preference
             print(f"b{b} round {r}: {len(pairs)} pairs are too few, the proposer stays as it is")
             files[-1] = files[-2]
         else:
