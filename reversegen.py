@@ -166,12 +166,13 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
     "4": "ReverseGen: failures of the trained proposer",
     "7": "questions of the true blind spots: what exploring could find at best",
 }
-HONESTY = dict(arms="0,1,2,3,4", queries=200, n_eval=200, n_train=200, dpo_batch=8)  # ten calls a question
+HONESTY = dict(  # ten calls a question, and a target that is taught less: later its answers hardly ever disagree
+    arms="0,1,2,3,4", target_steps=550, queries=300, n_eval=200, n_train=200, dpo_batch=8)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
                   n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
-    "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=500),
+    "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=800),
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
                  target_steps=1400, proposer_steps=1000),
     "paper": dict(n_layer=32, n_head=32, n_embd=4096, max_new=512, n_seeds=62000, queries=100000, n_train=10000,
