@@ -228,7 +228,7 @@ PARTS = dict(sft=range(6), dpo=range(6, 8), dev=range(8, 9), test=range(9, 10)) 
 LABEL = re.compile(r"^(?:Step \d+ ?:|Answer ?:)", re.M)
 NUMBER = r"-?[0-9]{1,30}(?:,[0-9]{3})*(?:\.[0-9]{1,30})?(?:/[0-9]{1,30})?"
 pieces = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]").findall  # words, numbers and signs, in which Eq. 1 counts
-SAY = re.compile(rf"(?:answer *(?:is)? *:?|####|\\boxed\{{)[\s*$]*({NUMBER})(?![\d^e]|[,./]\d)", re.I | re.A)
+SAY = re.compile(rf"(?:answer *+(?:is)? *+:?|####|\\boxed\{{)[\s*$]*+({NUMBER})(?![\d^e]|[,./]\d)", re.I | re.A)
 
 
 def compute(numbers, ops):
@@ -1668,18 +1668,19 @@ def dry_run(cfg):
 
 
 def plot_curves(path, log):
-    """Gain in log-probability of the chosen side (dots) and the rejected one (crosses) by step, for each arm."""
+    """Gain in log-probability of the chosen side (drawn through) and the rejected one (dashed), for each arm."""
     from matplotlib.figure import Figure
 
     figure, curves = Figure(figsize=(6, 4), layout="constrained"), {}
     axes = figure.subplots()
     for row in map(json.loads, log.read_text().splitlines()):
         if "chosen" in row:
-            curves.setdefault(row["name"].rpartition("-")[2], []).append((row["step"], row["chosen"], row["rejected"]))
+            arm = curves.setdefault(row["name"].rpartition("-")[2], {})
+            arm.setdefault(row["step"], []).append((row["chosen"], row["rejected"]))
     for i, (arm, points) in enumerate(curves.items()):
-        steps, *sides = zip(*points)
-        for side, style, name in zip(sides, "ox", ("chosen", "rejected")):
-            axes.plot(steps, side, style, color=f"C{i}", markersize=3, label=f"{arm} {name}")
+        means = np.array([np.mean(points[step], 0) for step in sorted(points)])  # (steps, 2), over bases and seeds
+        axes.plot(sorted(points), means[:, 0], "-", color=f"C{i}", label=f"{arm} chosen")
+        axes.plot(sorted(points), means[:, 1], "--", color=f"C{i}", label=f"{arm} rejected")
     axes.set(xlabel="step", ylabel="gain in log-probability")
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
