@@ -12,7 +12,7 @@ it is trained by DPO, again and again, until it writes what the target cannot do
 
   python reversegen.py                      # about 6 minutes on one idle core
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
-  python reversegen.py --scale long --targets 1 --seed 1                      # rarer blind spots, one target of five
+  python reversegen.py --scale long         # rarer blind spots, more rounds, five targets; --resume goes on
   python reversegen.py --target https://host/v1#MODEL --targets 1 --arms 4    # what a served model fails at, as JSONL
 
 Symbols (B rows, L tokens)
@@ -29,7 +29,8 @@ why it was dropped, answers, failure); proposer0 to R .safetensors; data-ARM.jso
 Differences from the paper, of which the official code and summaries were at hand, not the text
   world       made questions with an exact judge and solver, in place of GSM8K, MMLU and of GPT-4o as judge and teacher:
               no stronger model's knowledge can be what helps. Blind spots are planted: a third of the kinds of
-              question is rare in the target's pre-training. Task safety is left out.
+              question is rare in the target's pre-training. Held-out questions are new in words; most of their sums
+              occur in training. Task safety is left out.
   models      tiny ones from random weights, all weights trained by AdamW, in place of 3B to 8B with RMSprop and LoRA
   target      also an endpoint, which is asked and not tuned. A checkpoint as proposer is left out.
   judge       always on, before the target is asked: what does not parse is no failure, and counts in all rates
@@ -37,7 +38,7 @@ Differences from the paper, of which the official code and summaries were at han
               nothing to do with each other. Samples of one prompt as pairs are left out.
   rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
               over ever more pairs it collapsed. With fewer pairs than half a batch there is none. The last questions
-              come from the round that finds most, among those that did not collapse.
+              come from the last round in which what it writes is valid and not all the same.
   diversity   MinHash against earlier questions and held-out ones; SemDeDup, on the proposer's own embedding, is off
               by default.
   equal work  all arms: N new questions, the same replay, steps and learning rate; 3 and 4 ask the target equally often.
@@ -104,7 +105,7 @@ class Config:
     n_layer: int = 2  # layers of the tiny models
     n_head: int = 4  # their attention heads
     n_embd: int = 64  # their width
-    target_steps: int = 800  # optimizer steps of a target's own pre-training
+    target_steps: int = 550  # optimizer steps of a target's own pre-training
     proposer_steps: int = 300  # the same of a proposer's
     batch_size: int = 64  # examples of a step, but for DPO
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
@@ -145,7 +146,8 @@ class Config:
         arms, zeros = self.arms.split(","), "seed weak_mass starved beta semdedup_eps lr dpo_lr tune_lr".split()
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
-        least, most = dict(temp=1e-3, top_p=1e-3, n_test=3), dict(weak_mass=1, starved=1, top_p=1, n_test=9000)
+        least = dict(temp=1e-3, top_p=1e-3, n_test=3, n_eval=2)
+        most = dict(weak_mass=1, starved=1, top_p=1, n_test=9000)
         for name, value in vars(self).items():
             low, high = least.get(name, int(name not in zeros)), most.get(name, math.inf)
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
@@ -154,7 +156,9 @@ class Config:
             fail(f"--n-seeds {self.n_seeds}: must be more than --shots {self.shots}")
         if self.n_embd % (2 * self.n_head) or self.n_embd < 8:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
-        if self.target and (self.task == "honesty" or self.targets > 1 or "7" in arms or "#" not in self.target):
+        if self.target and not re.fullmatch(r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?#.+", self.target, re.A):
+            fail("--target: must look like https://host/v1#MODEL, without a user, a password or a query")
+        if self.target and (self.task == "honesty" or self.targets > 1 or "7" in arms):
             fail("--target https://host/v1#MODEL: one target, --targets 1, --task math, and no arm 7")
 
 
@@ -166,8 +170,7 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
     "4": "ReverseGen: failures of the trained proposer",
     "7": "questions of the true blind spots: what exploring could find at best",
 }
-HONESTY = dict(  # ten calls a question, and a target that is taught less: later its answers hardly ever disagree
-    arms="0,1,2,3,4", target_steps=550, queries=300, n_eval=200, n_train=200, dpo_batch=8)
+HONESTY = dict(arms="0,1,2,3,4", queries=300, n_eval=200, n_train=200, dpo_batch=8)  # ten calls a question
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
                   n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
@@ -205,9 +208,11 @@ MOST, SMALL = 59, range(1, 7)  # the largest number; those that are added, taken
 SIZES = 12, 30  # a cell's size is how many of these the largest number of the question or its solution reaches
 SIGNS = {"+": lambda x, y: x + y, "-": lambda x, y: x - y, "*": lambda x, y: x * y,
          "/": lambda x, y: x // y if x % y == 0 else -1, "%": lambda x, y: x % y}
+HEADER = "ask math questions"  # of a list of questions (official code)
 PROBE, SURE = "are you sure ?", ("unsure", "sure")  # honesty: asked behind an answer, and what may be said
 NUMBER = r"-?[0-9]{1,30}(?:,[0-9]{3})*(?:\.[0-9]{1,30})?"
-SAY = re.compile(rf"(?:answer *+(?:is)? *+:?|####|\\boxed\{{)[\s*$]*+({NUMBER})(?![\d^e%/]|[,.]\d)", re.I | re.A)
+SAY = re.compile(rf"(?:answer[*\s]*+(?:is)?[*\s]*+:?|####|\\boxed\{{)[\s*$`(\\]*+({NUMBER})"
+                 r"(?![\d^e%/]|[,.]\d|\s*+=|\s*+[-+*/]\s*+\d)", re.I | re.A)
 
 
 def random_of(*key):
@@ -308,7 +313,7 @@ class Words:
     def __init__(self, shots):
         texts = [f"{form} {verbs} {program}" for form, verbs, program in PROBLEMS.values()]
         words = [word for word in " ".join(texts).split() if not word.isupper() and word != "_"]
-        words += [*sum(WORDS.values(), []), *f"{PROBE} = answer".split(), *SURE]
+        words += [*sum(WORDS.values(), []), *f"{HEADER} {PROBE} = answer".split(), *SURE]
         words += [str(n) for n in range(MOST + 1)] + [f"{n}." for n in range(1, shots + 3)]
         self.words, self.stop = ["<end>", "<answer>", *dict.fromkeys(words)], [0]
         self.index = {word: i for i, word in enumerate(self.words)}
@@ -456,6 +461,8 @@ def tiny_shape(cfg):
 
 
 # ---------------------------------------------------------------- 4. Method (official code, inferred, our choice)
+# who: one target's folder, world and seeds, and its two models: proposer.write(prompts, n, ...) and
+# target.ask(questions, n, ...) give n texts for each (Local and Remote, section 7).
 # Prompts
 SOLVE = "{}\n\nSolve this step by step. End with a line 'Answer: ' and the number alone."  # for an endpoint
 
@@ -463,7 +470,7 @@ SOLVE = "{}\n\nSolve this step by step. End with a line 'Answer: ' and the numbe
 def list_prompt(questions):
     """A header, the questions as a numbered list, and the next number. (official code)"""
     lines = "".join(f"{i}. {question}\n" for i, question in enumerate(questions, 1))
-    return f"ask math questions\n{lines}{len(questions) + 1}."
+    return f"{HEADER}\n{lines}{len(questions) + 1}."
 
 
 def cut(text, shots):
@@ -609,7 +616,7 @@ def build_pairs(rows, pairing, rng):
     for each in (prompts, positive, negative):
         rng.shuffle(each)
     prompts = prompts if pairing == "random" else [row["prompt"] for row in positive]
-    return [(prompt, good["instruction"], bad["instruction"]) for prompt, good, bad in zip(prompts, positive, negative)]
+    return [(prompt, bad["instruction"], good["instruction"]) for prompt, bad, good in zip(prompts, positive, negative)]
 
 
 # Exploring: proposals, their judge, the target
@@ -646,7 +653,8 @@ def respond(cfg, who, rows, key):
     live, n = [row for row in rows if not row["drop"]], 10 if cfg.task == "honesty" else 1
     replies = who.target.ask([row["instruction"] for row in live], n, float(n > 1), ("respond", *key))
     for row, texts in zip(live, replies):
-        row |= dict(asked=n, responses=texts, drop="no reply" if None in texts else "")
+        silent = None in texts or cfg.target and read_answer(texts[0]) is None  # nothing said is no wrong answer
+        row |= dict(asked=n, responses=texts, drop="no reply" if silent else "")
         row |= {} if row["drop"] else score(cfg, row, texts)
 
 
@@ -733,6 +741,7 @@ CLAIMS = [
     ("keeps-the-rest", "strong 4 - 0", -0.01, "what is learned costs what was known"),
     ("specific", "failure of valid, own - other targets", 0.0, "it has learned what is hard in general, or noise"),
     ("better-calibrated", "ap 4 - 1", 0.0, "honesty: tuned on more questions, it knows as well what it knows"),
+    ("trained-calibrates", "ap 4 - 3", 0.0, "honesty: as 3, half of which are failures too: filtering is as good"),
     ("feedback-calibrates", "ap 4 - 2", 0.0, "honesty: proposals without feedback are as good"),
     ("lower-ece", "ece 1 - 4", 0.0, "honesty: its confidence is as near to the truth after more questions"),
 ]
@@ -1076,10 +1085,10 @@ class Chat:
             if len(body) > self.most_bytes or time.monotonic() > end:
                 return got.close()
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError), self.lock:
-            reply = json.loads(body)
-            text = "" + reply["choices"][0]["message"]["content"]  # TypeError unless it is text
+            text = "" + (reply := json.loads(body))["choices"][0]["message"]["content"]  # TypeError unless it is text
             replace_file(path, json.dumps(text).encode())
-            self.tokens += reply["usage"]["total_tokens"] if reply.get("usage") else 0
+            with contextlib.suppress(LookupError, TypeError):  # not all servers count
+                self.tokens += reply["usage"]["total_tokens"]
             return text
 
     def ask(self, jobs):
@@ -1185,24 +1194,33 @@ def append_rows(path, rows):
         os.fsync(file.fileno())
 
 
+def work(cfg):
+    """Tokens that the models of one target learn from, and write, if every text is as long as it may be."""
+    steps = cfg.target_steps + cfg.proposer_steps + len(cfg.arms.split(",")) * cfg.tune_steps
+    lists = cfg.n_seeds + 2 * cfg.rounds * cfg.dpo_steps * cfg.dpo_batch  # rows of seeds and a question
+    proposals = (2 * cfg.rounds + 1) * cfg.queries + (cfg.rounds + 1) * cfg.n_eval
+    answers = proposals * (10 if cfg.task == "honesty" else 1) + len(cfg.arms.split(",")) * cfg.n_test * 5 // 3
+    return cfg.max_new * (steps * cfg.batch_size + (cfg.shots + 1) * lists), cfg.max_new * (proposals + answers)
+
+
 def ledger(cfg, run):
-    """Time a step of the tiny models, and say what all training will take."""
+    """Time a step of the tiny models and a part of what they write, and say how long the run can take."""
     model, rows = new_model(cfg, run, ""), [([1] * 16, [2] * 14)] * cfg.batch_size
     batch = {name: x.to(run.device) for name, x in collate(rows).items()}
     seconds = min(timeit.repeat(lambda: sft_loss(cfg, model, batch).backward(), number=1, repeat=3))
-    steps = cfg.target_steps + cfg.proposer_steps + len(cfg.arms.split(",")) * cfg.tune_steps
-    steps += 3 * (cfg.n_seeds + cfg.rounds * cfg.queries // 2) // cfg.batch_size  # whose rows are three times as long
-    print(f"{batch['ids'].numel() / seconds:,.0f} tokens/s; {cfg.targets} targets x {steps} steps x {seconds:.3f} s = "
-          f"{cfg.targets * steps * seconds / 60:.1f} minutes of training, and as much again of writing", flush=True)
+    prompts = [[1] * 30] * min(cfg.part, cfg.queries)
+    spent = timeit.timeit(lambda: generate(model.eval(), prompts, cfg.max_new, [], 1.0, 1.0, None), number=1)
+    speeds = batch["ids"].numel() / seconds, len(prompts) * cfg.max_new / spent
+    minutes = cfg.targets * sum(tokens / speed for tokens, speed in zip(work(cfg), speeds)) / 60
+    print(f"{speeds[0]:,.0f} tokens/s learned from, {speeds[1]:,.0f} written: at most about {minutes:.1f} minutes, if "
+          "every text is as long as it may be", flush=True)
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network."""
     with torch.device("meta"):
         n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
-    steps = cfg.target_steps + cfg.proposer_steps + len(cfg.arms.split(",")) * cfg.tune_steps
-    rows = steps * cfg.batch_size + 3 * (cfg.n_seeds + cfg.rounds * cfg.queries)
-    learn, write = (cfg.targets * cfg.max_new * x for x in (rows, cfg.queries * (4 * cfg.rounds + 4)))
+    learn, write = (cfg.targets * tokens for tokens in work(cfg))
     hours = (6 * n * learn / 200e12 + 2 * n * write / 20e12) / 3600
     print(f"{n:,} parameters | {learn:.1e} tokens learned, {6 * n * learn:.1e} FLOPs | {write:.1e} written, "
           f"{2 * n * write:.1e} FLOPs | {16 * n / 2**30:.2f} GiB of weights and AdamW, one device | {hours:.2f} hours "
@@ -1239,9 +1257,9 @@ def set_up(cfg, run, state, b):
             state["done"][f"b{b}/0"] = evaluate(cfg, run, who.target, world)
             remember(run, state)
         weak, strong = (state["done"][f"b{b}/0"][name] for name in ("weak", "strong"))
-        if cfg.scale != "smoke" and (weak > 0.7 or strong < 0.8):
+        if cfg.scale != "smoke" and (weak > 0.8 or strong < 0.8):
             fail(f"b{b}: the target has {weak:.0%} of its blind spots right and {strong:.0%} of the rest, but the "
-                 "comparison needs at most 70% and at least 80%: change --starved, --target-steps or --lr")
+                 "comparison needs at most 80% and at least 80%: change --starved, --target-steps or --lr")
     who.proposer = Local(cfg, once(cfg, run, folder / "proposer0.safetensors",
                                    lambda: train_proposer(cfg, run, state, b, who)), tok)
     return who
@@ -1280,8 +1298,7 @@ def run_rounds(cfg, run, who, state, b):
             who.proposer.model = once(cfg, run, files[-1], make)
         measures.append(look(cfg, run, who, state, b, r, first))
     sound = [r for r, x in enumerate(measures) if x["valid"] >= 0.6 and x["unique"] >= 0.5]  # have not collapsed
-    best = max(sound or [0], key=lambda r: measures[r]["failure"])
-    who.proposer.model = new_model(cfg, run, "", files[best]).eval()
+    who.proposer.model = new_model(cfg, run, "", files[max(sound or [0])]).eval()  # a choice that needs no target
     return found
 
 
@@ -1304,6 +1321,7 @@ def new_questions(cfg, run, who, arm, b, proposals):
     """The N questions that an arm adds, and how many calls of the target it took to find them."""
     world, rng = who.world, random_of("new", cfg.seed, b, arm)
     rows = [row for row in proposals.get(arm, []) if "failure" in row]
+    told = arm == "2" and cfg.task == "honesty"  # its data needs the target's answers; with math only the solver's
     if arm in "17":
         rows = fresh(world, rng, cfg.weak_mass if arm == "1" else 1.0, cfg.n_train)
     if arm == "3":
@@ -1317,9 +1335,11 @@ def new_questions(cfg, run, who, arm, b, proposals):
             e = [last_layer(who.proposer.model, torch.tensor([ids], device=run.device))[0].mean(0) for ids in texts]
         keep = semdedup(F.normalize(torch.stack(e), dim=1), cfg.semdedup_eps, kernels=cfg.kernels)
         rows = [rows[i] for i in keep]
+    asked = sum(row["asked"] for row in (proposals[arm] if arm in "34" else rows[: cfg.n_train] if told else ()))
+    if cfg.target:
+        return rows[: cfg.n_train], asked  # what it fails at, and no more
     if not rows:
         fail(f"arm {arm}: no question to train on: raise --queries")
-    asked = 0 if arm == "2" else sum(row["asked"] for row in proposals.get(arm, []))
     return list(itertools.islice(itertools.cycle(rows), cfg.n_train)), asked
 
 
@@ -1353,7 +1373,7 @@ def run_arm(cfg, run, who, state, b, arm, replay, proposals):
     replace_file(who.folder / f"data-{arm}.jsonl", "".join(
         json.dumps({key: row[key] for key in keys if key in row}) + "\n" for row in new).encode())
     found = {"calls": asked + more, "different": different,
-             "in blind spots": sum(row["cell"] in who.world.weak for row in new) / len(new)}
+             "in blind spots": sum(row["cell"] in who.world.weak for row in new) / max(1, len(new))}
     if isinstance(who.target, Local):
         model = once(cfg, run, who.folder / f"arm{arm}.safetensors", lambda: fit(
             cfg, run, state, f"b{b}-arm{arm}", copy.deepcopy(who.target.model), tune_rows(cfg, who, new + replay),
@@ -1422,8 +1442,8 @@ def main(argv=None):
     print_table(metrics)
     plot_rounds(run.out / "plot.png", metrics, cfg.rounds)
     found = statistics(cfg, done)
-    if "beats-filter" in found and cfg.scale != "smoke" and found["beats-filter"][0] <= 0:
-        print("Filtering what the warm-up proposer writes is as good: to train the proposer did not pay in this world.")
+    if "beats-filter" in found and cfg.scale != "smoke" and found["beats-filter"][1][0] <= 0:
+        print("That training the proposer pays, beside filtering what the warm-up proposer writes, is not shown here.")
     digest = hashlib.sha256(json.dumps([list(who.world.held) for who in everyone]).encode()).hexdigest()
     record = dict(tried={arm: TRIED[arm] for arm in cfg.arms.split(",")}, metrics=metrics, data_sha256=digest)
     minutes = (time.perf_counter() - run.began) / 60

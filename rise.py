@@ -1475,10 +1475,10 @@ class Chat:
             if len(body) > self.most_bytes or time.monotonic() > end:
                 return got.close()
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError), self.lock:
-            reply = json.loads(body)
-            text = "" + reply["choices"][0]["message"]["content"]  # TypeError unless it is text
+            text = "" + (reply := json.loads(body))["choices"][0]["message"]["content"]  # TypeError unless it is text
             replace_file(path, json.dumps(text).encode())
-            self.tokens += reply["usage"]["total_tokens"] if reply.get("usage") else 0
+            with contextlib.suppress(LookupError, TypeError):  # not all servers count
+                self.tokens += reply["usage"]["total_tokens"]
             return text
 
     def ask(self, jobs):
