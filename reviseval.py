@@ -60,99 +60,103 @@ from tqdm import tqdm
 class Config:
     task: str = "world"  # world|data: generated texts of exact quality and a tiny model, or human judgements
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
-    arms: str = "human,direct,adapted,mismatched,unrelated"  # comma list of references, see REFERENCES below
+    arms: str = "human,direct,adapted,mismatched"  # comma list of references, see REFERENCES below
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # weights, training texts, held-out texts, random primaries
-    part: str = "test"  # dev|test: the held-out records that are measured on; settings were chosen on dev
-    # the tiny model, which plays all roles
+    pair_ref: str = "both"  # random|both|own: whose revision judges a pair in column adapted (official code: random)
+    # task world: the tiny model, which plays all roles
     n_layer: int = 3  # its layers
     n_head: int = 4  # its attention heads
     n_embd: int = 64  # its width
     steps: int = 1600  # optimizer steps
-    batch_size: int = 80  # examples of one of them, equally many of each role
-    lr: float = 4e-3  # peak learning rate
+    batch_size: int = 64  # examples of one of them, equally many of each role
+    lr: float = 4e-3  # learning rate, constant after 50 steps
     n_records: int = 150  # held-out records, each with SYSTEMS responses
-    # human judgements
+    part: str = "test"  # dev|test: which held-out records; settings were chosen on dev, with seed 7
+    # task data: human judgements
     data: str = ""  # file of human judgements
     schema: str = "jsonl"  # jsonl|llmbar|unieval: its form
     n_rows: int = 0  # how many of its rows; 0 = all
     aspect: str = ""  # which of the scores of a rating; "" = overall, else the first
     rubric: str = "helpfulness, accuracy and completeness"  # what reviser and judge are told to look at
     endpoint: str = ""  # https://host/v1: revises and judges; --model is its model's name
-    model: str = ""  # without an endpoint: directory or hub id of a Llama or Qwen2 chat model
+    model: str = ""  # without an endpoint: directory or hub id of a Llama or Qwen2 chat model, which does so
     encoder: str = ""  # directory or hub id of a BERT-type encoder, for BERTScore
-    scorer: str = ""  # directory or hub id of a Llama or Qwen2, for BARTScore
-    pair_ref: str = "both"  # random|both|own: which answer of a pair the metrics' adapted reference is made from
-    temp_revise: float = 0.3  # temperature of revising (official code: 0.3)
-    temp_judge: float = 0.1  # temperature of judging with a reference; 0 without one (official code: 0.1)
+    scorer: str = ""  # directory or hub id of a Llama or Qwen2, for BARTScore and likelihood
     max_new: int = 512  # most tokens of a revision or a verdict
     report: str = ""  # write a self-contained HTML page here
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
-    dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
+    dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32; the tiny model is float32
     kernels: bool = False  # Triton kernels greedy_match and token_logp (cuda only; compared at first use)
     # running
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/reviseval/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
-    dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
+    dry_run: bool = False  # print what the run takes, and stop
 
     def __post_init__(self):
         arms = self.arms.split(",")
         if not set(arms) <= set(REFERENCES) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list out of {', '.join(REFERENCES)}")
         for name, value in vars(self).items():
-            low = int(name not in ("seed", "lr", "n_rows", "temp_revise", "temp_judge"))
-            if not isinstance(value, (str, bool)) and not low <= value < math.inf:
+            low = int(name not in ("seed", "n_rows"))
+            if not isinstance(value, (str, bool)) and not low <= value < math.inf and name != "lr":
                 fail(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+        if not 0 < self.lr < 1:
+            fail(f"--lr {self.lr}: must be between 0 and 1")
         if self.n_embd % (2 * self.n_head) or self.n_embd < 8:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
         if self.batch_size % len(ROLES):
             fail(f"--batch-size {self.batch_size}: must be a multiple of the {len(ROLES)} roles")
+        if (self.task == "data") != bool(self.data):
+            fail("--task data and --data FILE go together")
+        if self.task == "world" and (self.endpoint or self.model or self.report):
+            fail("--endpoint, --model and --report need --task data")
+        if self.endpoint and not self.model:
+            fail("--endpoint needs --model, the model's name there")
 
 
 REFERENCES = {  # what a response is compared with
-    "human": "the pre-existing reference",
+    "human": "the reference that came with the source",
     "direct": "the model's own answer to the source",
     "adapted": "the revision of the response itself: RevisEval",
-    "mismatched": "control: the revision of another response to the same source",
-    "unrelated": "control: the revision of a response to another source",
+    "mismatched": "control: the revision of another response to the source, for pairs of an answer to another source",
 }
-ROLES = "revise judge compare write rephrase".split()
+COLUMNS = "none", *REFERENCES, "random", "own", "both"  # of the table; the last three: see prefer
+ROLES = "revise judge compare write".split()
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=1, n_head=2, n_embd=16, steps=8, batch_size=10, n_records=8, log_every=4, save_every=2,
-                  max_new=16),
+    "smoke": dict(n_layer=1, n_head=2, n_embd=16, steps=8, batch_size=8, n_records=8, log_every=4, save_every=2),
     "small": {},
     "long": dict(steps=8000, n_records=600),
     "paper": dict(task="data", max_new=1024),
 }
-TRIED = {}
+TRIED = {"adapted": 2, "judge": 2}  # settings looked at on dev records: lengths of training, forms of verdicts
 
 
 # ---------------------------------------------------------------- 2. Data
 # World D2T-R: a record of a restaurant, and texts of one clause for each slot. A clause is a subject and a predicate.
 NAMES = "adler bella carmen dorado ember fiesta giraffe harvest iris jade kiosk lotus"
-OPENINGS = "{} is a restaurant", "you could try {}", "there is a place called {}", "let me tell you about {}"
-SUBJECTS = "it", "the place", "this restaurant", "the spot"
-WORLD = {  # slot: values; predicates
+OPENINGS = "{} is a restaurant", "try {}", "there is {}", "we recommend {}"
+SUBJECTS = "it", "this place", "the spot", "the house"
+WORLD = {  # slot: values; predicates, whose verbs are all different: the tiny model can tell where it is
     "food": ("thai italian french indian greek mexican korean spanish",
-             ("serves {} food", "is known for its {} menu", "cooks {} dishes", "has {} cuisine on the table")),
+             ("serves {} food", "cooks {} dishes", "offers {} cuisine", "brings {} plates")),
     "area": ("riverside downtown harbour uptown oldtown parkside",
-             ("is in {}", "can be found in {}", "lies in the middle of {}", "has its tables in {}")),
+             ("lies in {}", "sits in {}", "stands in {}", "opened in {}")),
     "price": ("cheap moderate costly luxury",
-              ("has {} prices", "belongs to the {} range", "asks for {} money", "is of the {} kind")),
+              ("has {} prices", "takes {} fees", "asks {} sums", "keeps to {} bills")),
     "rating": ("poor fair good great superb",
-               ("gets {} reviews", "has a {} rating", "is called {} by its guests", "leaves a {} impression")),
-    "guests": ("families couples students groups",
-               ("welcomes {}", "is a place for {}", "is popular with {}", "has room for {}")),
-    "near": (NAMES, ("is near {}", "is next to {}", "can be found close to {}", "is a short walk from {}")),
+               ("gets {} reviews", "earns {} marks", "leaves a {} impression", "shows {} quality")),
+    "guests": ("families couples students groups", ("welcomes {}", "suits {}", "hosts {}", "attracts {}")),
+    "near": (NAMES, ("neighbours {}", "faces {}", "adjoins {}", "borders on {}")),
 }
 VALUES = {slot: values.split() for slot, (values, _) in WORLD.items()} | {"name": NAMES.split()}
-SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values} | dict.fromkeys(NAMES.split(), "name")
+SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}  # of a proper name: name
 WAYS = list(itertools.product(range(4), range(4)))  # subject and predicate; a quarter is for held-out texts only
 KNOWN_WAYS = [(i, j) for i, j in WAYS if (i + j) % 4 != 3]
-COUNTS = 0, 0, 1, 1, 2, 3  # errors of a response, drawn uniformly
+COUNTS = 0, 0, 1, 1, 2, 3  # errors that a response gets, drawn uniformly
 SYSTEMS = 4  # responses to a record
 # Shares of errors. As many clauses are added as left out, so that length says nothing of quality; contradictions are
 # never seen in training.
@@ -166,76 +170,72 @@ def random_of(*key):
     return random.Random(repr(key))  # what is drawn depends on the key alone: a continued run draws the same
 
 
-def make_record(rng, part):
-    """A name and three to five of six slots, {slot: value}, whose hash belongs to this part of the data."""
-    while True:
-        record = {"name": rng.choice(VALUES["name"])}
-        for slot in sorted(rng.sample(list(WORLD), rng.randint(3, 5)), key=list(WORLD).index):
-            record[slot] = another(slot, record["name"], rng)
-        if zlib.crc32(repr(record).encode()) % 10 in PARTS[part]:
-            return record
-
-
 def another(slot, value, rng):
     return rng.choice([other for other in VALUES[slot] if other != value])
 
 
+def make_record(rng, part):
+    """A name and three to five of six slots, {slot: value}, whose hash belongs to this part of the data."""
+    while True:
+        record, chosen = {"name": rng.choice(VALUES["name"])}, rng.sample(list(WORLD), rng.randint(3, 5))
+        record |= {slot: another(slot, record["name"], rng) for slot in WORLD if slot in chosen}
+        if zlib.crc32(repr(record).encode()) % 10 in PARTS[part]:
+            return record
+
+
+def clause(slot, value, rng, ways):
+    """(slot, value, subject, predicate, joined by "and"?)"""
+    return slot, value, *rng.choice(ways), rng.random() < 0.3
+
+
 def tell(record, rng, ways=KNOWN_WAYS):
-    """A text in a random style as clauses (slot, value, subject, predicate, joined by "and"?); the name comes first."""
+    """A right text in a random style as clauses; the name comes first."""
     slots = rng.sample(list(record)[1:], len(record) - 1)
     return [("name", record["name"], 0, rng.randrange(4), False), *(clause(s, record[s], rng, ways) for s in slots)]
 
 
-def clause(slot, value, rng, ways):
-    return slot, value, *rng.choice(ways), rng.random() < 0.3
-
-
 def say(clauses):
     """Clauses as text."""
-    (_, value, _, j, _), *rest = clauses
-    parts = [("and" if joined else ".") + f" {SUBJECTS[i]} {WORLD[slot][1][j].format(v)}" for slot, v, i, j, joined in rest]
-    return " ".join([OPENINGS[j].format(value), *parts, "."])
+    (_, name, _, opening, _), *rest = clauses
+    parts = [f"{'and' if joined else '.'} {SUBJECTS[i]} {WORLD[slot][1][j].format(value)}"
+             for slot, value, i, j, joined in rest]
+    return " ".join([OPENINGS[opening].format(name), *parts, "."])
 
 
 def add_errors(record, clauses, count, mix, rng, ways=KNOWN_WAYS):
     """A copy of right clauses with `count` errors, each on a slot of its own."""
     clauses, fresh = list(clauses), set(record) - {"name"}
     for kind in rng.choices(list(mix), mix.values(), k=count):
-        at = {c[0]: i for i, c in enumerate(clauses)}
+        at = {slot: i for i, (slot, *_) in enumerate(clauses)}
         free = sorted(set(WORLD) - set(at) - set(record))
-        if kind == "swap" and "near" in fresh:
-            for slot, other in (("name", "near"), ("near", "name")):
-                clauses[at[slot]] = (slot, record[other], *clauses[at[slot]][2:])
-            fresh.discard("near")
-        elif kind == "extra" and free:
-            slot = rng.choice(free)
-            new = clause(slot, another(slot, record["name"], rng), rng, ways)
+        special = free if kind == "extra" else sorted({"near"} & fresh) if kind == "swap" else []
+        slot = rng.choice(special or sorted(fresh))
+        fresh.discard(slot)
+        if kind in ("extra", "contradict") and (kind != "extra" or free):
+            new = clause(slot, another(slot, record.get(slot, record["name"]), rng), rng, ways)
             clauses.insert(rng.randint(1, len(clauses)), new)
-        elif fresh:
-            slot = rng.choice(sorted(fresh))
-            fresh.discard(slot)
-            if kind == "omit":
-                del clauses[at[slot]]
-            elif kind == "contradict":
-                new = clause(slot, another(slot, record[slot], rng), rng, ways)
-                clauses.insert(rng.randint(1, len(clauses)), new)
-            else:
-                clauses[at[slot]] = (slot, another(slot, record[slot], rng), *clauses[at[slot]][2:])
+        elif kind == "omit":
+            del clauses[at[slot]]
+        elif kind == "swap" and slot == "near":  # two names take each other's place: two slots are wrong
+            for i, other in ((0, "near"), (at["near"], "name")):
+                clauses[i] = (clauses[i][0], record[other], *clauses[i][2:])
+        else:
+            clauses[at[slot]] = (slot, another(slot, record[slot], rng), *clauses[at[slot]][2:])
     return clauses
 
 
-def repair(record, clauses, rng=None, p_fix=1.0, p_dmg=0.0, ways=KNOWN_WAYS):
+def repair(record, clauses, rng=None, p_fix=1.0, p_dmg=0.0):
     """Clauses as a reviser leaves them who mends each error with p_fix, breaks each right clause with p_dmg, and keeps
     the style. p_fix 1 and p_dmg 0, the gold revision, draws nothing at random."""
     made, seen = [], set()
     for slot, value, *style in clauses:
-        right, fixed = record.get(slot), p_fix == 1 or rng.random() < p_fix
-        if (right is None or slot in seen) and fixed:
-            continue  # was not asked for, or said before
-        if right is not None and value != right and fixed:
+        right, mended = record.get(slot), p_fix == 1 or rng.random() < p_fix
+        if (right is None or slot in seen) and mended:
+            continue  # was not asked for, or was said before
+        if value == right:
+            value = another(slot, right, rng) if p_dmg and rng.random() < p_dmg else value
+        elif right is not None and mended:
             value = right
-        elif value == right and p_dmg and rng.random() < p_dmg:
-            value = another(slot, right, rng)
         made.append((slot, value, *style))
         seen.add(slot)
     left = [slot for slot in record if slot not in seen and (p_fix == 1 or rng.random() < p_fix)]
@@ -247,13 +247,12 @@ def stated(text):
     found = {}
     for word in text.split():
         if slot := SLOT_OF.get(word):
-            slot = "near" if slot == "name" and "name" in found else slot
-            found.setdefault(slot, []).append(word)
+            found.setdefault("near" if slot == "name" and "name" in found else slot, []).append(word)
     return found
 
 
 def slot_errors(record, text):
-    """{slot: errors} of a text, exact: a wrong value, also beside the right one, or a missing one."""
+    """{slot: errors} of a text, exact: wrong values, also beside the right one, or a missing one."""
     found, errors = stated(text), {}
     for slot in VALUES:
         said, right = found.get(slot, []), record.get(slot)
@@ -262,90 +261,32 @@ def slot_errors(record, text):
     return errors
 
 
-def make_responses(cfg, mix=TEST_MIX, ways=WAYS):
-    """Held-out records with SYSTEMS responses each, and a reference: a right text in another style."""
+def source_of(record):
+    return " ".join(f"{slot} {value}" for slot, value in record.items())
+
+
+def make_responses(cfg):
+    """Held-out records with SYSTEMS responses each, and a human reference: a right text in another style."""
     rows, rng = [], random_of("responses", cfg.part, cfg.seed)
     for g in range(cfg.n_records):
         record = make_record(rng, cfg.part)
-        human = say(tell(record, rng, ways))
+        human = say(tell(record, rng, WAYS))
         for _ in range(SYSTEMS):
-            clauses = add_errors(record, tell(record, rng, ways), rng.choice(COUNTS), mix, rng, ways)
-            row = dict(id=len(rows), group=g, record=record, clauses=clauses, response=say(clauses), human=human)
-            rows.append(row | dict(quality=-sum(slot_errors(record, row["response"]).values()),
-                                   source=" ".join(f"{slot} {value}" for slot, value in record.items())))
+            clauses = add_errors(record, tell(record, rng, WAYS), rng.choice(COUNTS), TEST_MIX, rng, WAYS)
+            quality = -sum(slot_errors(record, say(clauses)).values())
+            rows.append(dict(id=len(rows), group=g, record=record, source=source_of(record), clauses=clauses,
+                             response=say(clauses), human=human, quality=quality))
     return rows
-
-
-FORMS = {  # schema: names in the file, names here
-    "llmbar": dict(input="instruction", output_1="a", output_2="b", label="label"),
-    "unieval": dict(source="source", system_output="response", reference="reference", scores="scores", system_id="system"),
-    "jsonl": {name: name for name in "id instruction source response reference scores a b label".split()},
-}
-WRITERS = "Original Ground Truth", "New Human Generated"  # unieval's dialogues: these people are the others' reference
-
-
-def read_row(cfg, item, n):
-    """One judgement of a file: dict(id, source, human, and response, quality or a, b, label); ValueError says what is
-    wrong."""
-    if not isinstance(item, dict):
-        raise ValueError("must be a JSON object")
-    row = {new: item[old] for old, new in FORMS[cfg.schema].items() if old in item}
-    texts = ["a", "b"] if "a" in row else ["response"]
-    source = "\n\n".join(str(row[name]) for name in ("instruction", "source") if row.get(name))
-    if missing := [name for name in texts if not isinstance(row.get(name), str) or not row[name].strip()]:
-        raise ValueError(f"needs text in {', '.join(missing)}")
-    made = dict(id=str(row.get("id", n)), source=source, human=row.get("reference") or "", system=row.get("system"))
-    made |= {name: row[name] for name in texts}
-    if not source or not isinstance(made["human"], str):
-        raise ValueError("needs text in instruction or source, and in reference if there is one")
-    if texts[1:]:
-        if str(row.get("label")) not in ("1", "2"):
-            raise ValueError(f"label {row.get('label')!r}: must be 1 or 2")
-        return made | dict(label=3 - 2 * int(row["label"]), primary=random_of("primary", cfg.seed, n).randrange(2))
-    scores = row.get("scores") if isinstance(row.get("scores"), dict) and row.get("scores") else {"": None}
-    aspect = cfg.aspect or ("overall" if "overall" in scores else next(iter(scores)))
-    quality = scores.get(aspect)
-    if isinstance(quality, bool) or not isinstance(quality, (int, float)) or not math.isfinite(quality):
-        raise ValueError(f"needs a finite number in scores, under {aspect or 'any name'!r}")
-    return made | dict(quality=float(quality))
-
-
-def read_data(cfg):
-    """Human judgements as rows; group is the number of the source."""
-    rows, groups, where = [], {}, "line" if cfg.schema == "jsonl" else "item"
-    try:
-        text = Path(cfg.data).read_text("utf-8-sig")
-        items = text.splitlines() if cfg.schema == "jsonl" else json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        fail(f"--data {cfg.data}: {getattr(error, 'strerror', None) or 'not JSON text; one object a line: --schema jsonl'}")
-    for n, item in enumerate(items if isinstance(items, list) else [items], 1):
-        if isinstance(item, str) and not item.strip():
-            continue
-        try:
-            rows.append(read_row(cfg, json.loads(item) if cfg.schema == "jsonl" else item, n))
-        except (ValueError, RecursionError) as error:
-            text = "not JSON" if isinstance(error, json.JSONDecodeError) else error
-            fail(f"--data {cfg.data}, {where} {n}: {text} (--schema {cfg.schema})")
-        rows[-1]["group"] = groups.setdefault(rows[-1]["source"], len(groups))
-    rows = rows[: cfg.n_rows or None]
-    if len({row["id"] for row in rows}) < len(rows) or len({"a" in row for row in rows}) > 1:
-        fail(f"--data {cfg.data}: ids must be unique, and rows all ratings or all pairs")
-    people = {(row["group"], row["system"]): row["response"] for row in rows if row["system"] in WRITERS}
-    for row in rows:
-        others = [people.get((row["group"], writer), "") for writer in WRITERS if row["system"] != writer]
-        row["human"] = row["human"] or next(filter(None, others), "")
-    return rows if len(rows) > 2 else fail(f"--data {cfg.data}: {len(rows)} rows are too few")
 
 
 class Words:
     """The tiny model's tokenizer: a word is a token; the roles, the bar and the arrow are control tokens."""
 
     def __init__(self):
-        clauses = [*SUBJECTS, *OPENINGS, *(text for _, texts in WORLD.values() for text in texts)]
-        words = [word for text in clauses for word in text.split() if word != "{}"]
-        values = [value for group in VALUES.values() for value in group]
-        words = ["<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345", ".", "and", *FINDINGS, *VALUES, *values, *words]
-        self.words = list(dict.fromkeys(words))
+        told = [*SUBJECTS, *OPENINGS, *(text for _, texts in WORLD.values() for text in texts)]
+        words = [word for text in told for word in text.split() if word != "{}"]
+        control = ["<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345", *FINDINGS, ".", "and"]
+        self.words = list(dict.fromkeys([*control, *VALUES, *SLOT_OF, *words]))
         self.index = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
@@ -361,6 +302,69 @@ class Words:
 @functools.cache
 def tiny_words():
     return Words()
+
+
+# Human judgements
+FORMS = {  # schema: names in the file, names here
+    "llmbar": dict(input="instruction", output_1="a", output_2="b", label="label"),
+    "unieval": dict(source="source", system_output="response", reference="reference", scores="scores",
+                    system_id="system"),
+    "jsonl": {name: name for name in "id instruction source response reference scores a b label".split()},
+}
+WRITERS = "Original Ground Truth", "New Human Generated"  # unieval's dialogues: these people are the others' reference
+
+
+def read_row(cfg, item, n):
+    """One judgement: dict(id, source, human, system, and response, quality or a, b, label, primary); ValueError tells
+    what is wrong."""
+    if not isinstance(item, dict):
+        raise ValueError("must be a JSON object")
+    row = {new: item[old] for old, new in FORMS[cfg.schema].items() if item.get(old) is not None}
+    texts = {name: row.get(name) for name in (("a", "b") if "a" in row else ("response",))}
+    about = [row[name] for name in ("instruction", "source") if name in row]
+    wrong = [text for text in [*texts.values(), *about, row.get("reference", "")] if not isinstance(text, str)]
+    if wrong or not about or not all(text.strip() for text in [*texts.values(), about[0]]):
+        raise ValueError(f"needs text in instruction or source and in {', '.join(texts)} (and reference)")
+    made = dict(id=str(row.get("id", n)), source="\n\n".join(about), human=row.get("reference", ""),
+                system=row.get("system"), **texts)
+    if "b" in texts:
+        if str(row.get("label")) not in ("1", "2"):
+            raise ValueError(f"label {row.get('label')!r}: must be 1 or 2")
+        return made | dict(label=3 - 2 * int(row["label"]), primary=random_of("primary", cfg.seed, n).randrange(2))
+    scores = row["scores"] if isinstance(row.get("scores"), dict) else {}
+    aspect = cfg.aspect or ("overall" if "overall" in scores else next(iter(scores), "overall"))
+    if type(scores.get(aspect)) not in (int, float) or not math.isfinite(scores[aspect]):
+        raise ValueError(f"needs a finite number in scores under {aspect!r}")
+    return made | dict(quality=float(scores[aspect]))
+
+
+def read_data(cfg):
+    """All rows of a file; `group` is the number of the source."""
+    rows, groups, by_line = [], {}, cfg.schema == "jsonl"
+    try:
+        text = Path(cfg.data).read_text("utf-8-sig")
+        items = [line for line in text.split("\n") if line.strip()] if by_line else list(json.loads(text))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "not a list in JSON; one object a line: --schema jsonl"
+        fail(f"--data {cfg.data}: {reason}")
+    for n, item in enumerate(items[: cfg.n_rows or None], 1):
+        try:
+            rows.append(read_row(cfg, json.loads(item) if by_line else item, n))
+        except (ValueError, RecursionError) as error:
+            text = error if type(error) is ValueError else "not JSON"
+            fail(f"--data {cfg.data}, {'line' if by_line else 'item'} {n}: {text} (--schema {cfg.schema})")
+        rows[-1]["group"] = groups.setdefault(rows[-1]["source"], len(groups))
+    if len(rows) < 3 or len({row["id"] for row in rows}) < len(rows) or len({"b" in row for row in rows}) > 1:
+        fail(f"--data {cfg.data}: needs three rows, each with an id of its own, all ratings or all pairs")
+    people = {(row["group"], row["system"]): row["response"] for row in rows if row["system"] in WRITERS}
+    for row in rows:
+        others = [people.get((row["group"], writer), "") for writer in WRITERS if row["system"] != writer]
+        row["human"] = row["human"] or next(filter(None, others), "")
+    return rows
+
+
+def answers_of(row):
+    return [row[name] for name in ("response", "a", "b") if name in row]
 
 
 # ---------------------------------------------------------------- 3. Model
@@ -492,8 +496,8 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, gener
 def wordpieces(text, vocab, lower=True):
     """Ids of a text by BERT's rules: clean, cut at blanks and punctuation, then the longest known pieces of a word."""
     kept = (c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
-    chinese = "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
-    text = re.sub(f"([{chinese}])", r" \1 ", "".join(kept))
+    chinese = "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
+    text = re.sub(chinese, r" \g<0> ", "".join(kept))
     if lower:
         text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
     signs = (f" {c} " if unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~" else c for c in text)
@@ -528,20 +532,20 @@ class Encoder(nn.Module):
         super().__init__()
         try:
             config, words = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("config", "tokenizer"))
-            d, eps, normal, act = config["hidden_size"], config["layer_norm_eps"], words["normalizer"], config["hidden_act"]
+            d, eps, act = (config[k] for k in ("hidden_size", "layer_norm_eps", "hidden_act"))
+            normal, self.vocab = words["normalizer"], words["model"]["vocab"]
             if (act, words["model"]["type"], normal["type"]) != ("gelu", "WordPiece", "BertNormalizer"):
                 raise ValueError("not BERT with GELU and WordPiece")
-            self.vocab, self.lower = words["model"]["vocab"], normal["lowercase"]
+            self.lower = normal["lowercase"]
             self.word_embeddings, self.token_type_embeddings, self.position_embeddings = (nn.Embedding(
                 config[k], d) for k in ("vocab_size", "type_vocab_size", "max_position_embeddings"))
             self.norm, size = nn.LayerNorm(d, eps), (d, config["num_attention_heads"], config["intermediate_size"], eps)
             self.layers = nn.ModuleList(EncoderLayer(*size) for _ in range(config["num_hidden_layers"]))
             names = "bert.:", "embeddings.LayerNorm:norm", "embeddings.:", "encoder.layer:layers", "attention.self.:", \
                 "attention.output.LayerNorm:norm_1", "output.LayerNorm:norm_2", "attention.output:attention", ".dense:"
-            weights = {key: x for key, x in load_file(folder / "model.safetensors").items()
-                       if not re.search("pooler|position_ids|^cls", key)}
-            self.load_state_dict({functools.reduce(lambda k, pair: k.replace(*pair.split(":"), 1), names, key): x.float()
-                                  for key, x in weights.items()})
+            rename = lambda key: functools.reduce(lambda k, name: k.replace(*name.split(":"), 1), names, key)
+            self.load_state_dict({rename(key): x.float() for key, x in load_file(folder / "model.safetensors").items()
+                                  if not re.search("pooler|position_ids|^cls", key)})
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             fail(f"encoder {folder}: no BERT checkpoint: {' '.join(str(error).split())[:200]}")
 
@@ -593,7 +597,7 @@ def in_batches(rows, size, work, length=len):
     return [found[i] for i in range(len(rows))]
 
 
-# ---------------------------------------------------------------- 4. Method (official code, pipeline figure, our choices)
+# ---------------------------------------------------------------- 4. Method (official code; else: our choice)
 # Classic metrics F_M(y, r): all compare a text with a reference
 def words_13a(text):
     """The tokens of mteval-v13a, as sacrebleu has them."""
@@ -668,9 +672,9 @@ def classic(text, reference):
 
 
 def greedy_f1(a, b, a_mask, b_mask, a_weight, b_weight, kernels=False):
-    """BERTScore: P, R, F (B,) of unit token vectors a (B, M, d) of texts and b (B, N, d) of references. A token is worth
-    its best cosine among the other side's unmasked tokens; means are weighted. (bert-score: CLS and SEP may be matched,
-    but have weight 0)"""
+    """BERTScore: P, R, F (B,) of unit token vectors a (B, M, d) of texts and b (B, N, d) of references. A token counts
+    with its best cosine among the other side's unmasked ones; means are weighted. (bert-score: CLS and SEP may be
+    matched, but have weight 0)"""
     if kernels:
         row, col = load_kernel("greedy_match")(a, b, a_mask, b_mask)
     else:
@@ -693,7 +697,8 @@ def bert_score(embed, pairs, kernels=False, size=64):
     def match(part):
         sides = []
         for column in zip(*part):
-            vectors, weights = (nn.utils.rnn.pad_sequence(rows, batch_first=True) for rows in zip(*map(known.get, column)))
+            rows = zip(*map(known.get, column))
+            vectors, weights = (nn.utils.rnn.pad_sequence(tensors, batch_first=True) for tensors in rows)
             sides.append((vectors, vectors.any(2), weights))
         (a, a_mask, a_w), (b, b_mask, b_w) = sides
         return greedy_f1(a, b, a_mask, b_mask, a_w, b_w, kernels)[2].tolist()
@@ -734,68 +739,98 @@ def choice(model, prompts, options, size=64):
 
     return np.array(in_batches(prompts, size, work))
 
+def measure(texts, references, embed=None, bart=None, kernels=False):
+    """Scores {"metric/kind": (N,)} of texts (N,) against references {kind: (N,) texts}, NaN where one is "". Equal
+    pairs are measured once. embed: see bert_score; bart: pairs to means of log p(y | r) and log p(r | y)."""
+    unique = list(dict.fromkeys(pair for column in references.values() for pair in zip(texts, column) if pair[1]))
+    rows, table = [classic(*pair) for pair in unique], {}
+    found = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
+    if embed and unique:
+        found["bertscore"] = bert_score(embed, unique, kernels)
+    if bart and unique:
+        found["bartscore"] = bart(unique)
+    for name, scores in found.items():
+        known = dict(zip(unique, scores))
+        table |= {f"{name}/{kind}": np.array([known.get(pair, math.nan) for pair in zip(texts, column)], float)
+                  for kind, column in references.items()}
+    return table
 
-MOST_WORDS = 72  # that the tiny model writes
+
+def prefer(scores, protocol, primary):
+    """Which answer of a pair a metric prefers, 1: the first, -1: the second, 0: none. scores (P, 2, 2): of answer i
+    against the revision of answer j. random: one revision, of answer primary (P,), for both (official code); own: each
+    against its own; both: means over both revisions, so that no answer is the anchor (our choice)."""
+    s = dict(random=scores[np.arange(len(scores)), :, primary], own=scores.diagonal(0, 1, 2), both=scores.mean(2))
+    return np.sign(s[protocol][:, 0] - s[protocol][:, 1])  # (P,)
+
+
+# The tiny model as reviser and judge
+MOST_WORDS = 72  # that it writes
 
 
 class Tiny:
-    """The tiny model in its roles."""
+    """The tiny model in its roles; greedy."""
 
     def __init__(self, cfg, model):
         self.cfg, self.model, self.words = cfg, model.eval(), tiny_words()
 
     def ask(self, prompts, stop=(0,)):
-        def work(part):
-            return generate(self.model, part, MOST_WORDS, stop)
-
-        return in_batches(prompts, 640, work)
+        return in_batches(prompts, 640, lambda part: generate(self.model, part, MOST_WORDS, stop))
 
     def revise(self, rows):
-        """r* = R(x, y): greedy; the reviser sees source and response, neither the quality nor the human reference."""
-        w = self.words
-        return [w.decode(ids) for ids in self.ask([w.prompt("revise", x["source"], x["response"]) for x in rows])]
+        """r* = R(x, y): the reviser sees source and response, neither the quality nor the human reference."""
+        prompts = [self.words.prompt("revise", row["source"], row["response"]) for row in rows]
+        return [self.words.decode(ids) for ids in self.ask(prompts)]
 
     def write(self, rows):
         """D.R.: the model's own answers to the sources."""
-        return [self.words.decode(ids) for ids in self.ask([self.words.prompt("write", row["source"]) for row in rows])]
+        prompts = [self.words.prompt("write", row["source"]) for row in rows]
+        return [self.words.decode(ids) for ids in self.ask(prompts)]
 
-    def judge(self, items):
-        """F_E(y | x) or F_E(y | x, r) of items (x, r, y), r "" for none. The judge writes what it found, greedily; then its
-        expected score (G-Eval) and the score of its most likely verdict (0 where the explanation does not end in one)."""
+    def judge(self, sources, references, texts):
+        """F_E(y | x), or F_E(y | x, r) where the reference is not "". The judge writes what it found. Then its expected
+        score (N,) by logits (G-Eval), and the score it names (N,), NaN where the explanation does not end in one."""
         w, scores = self.words, self.words.encode("1 2 3 4 5")
-        prompts = [w.prompt("compare", *item) if item[1] else w.prompt("judge", item[0], item[2]) for item in items]
+        prompts = [w.prompt("compare", x, r, y) if r else w.prompt("judge", x, y)
+                   for x, r, y in zip(sources, references, texts)]
         told = self.ask(prompts, (0, *scores))
-        p = choice(self.model, [prompt + ids for prompt, ids in zip(prompts, told)], scores)  # (P, 5)
-        return p @ np.arange(1, 6), np.where([len(ids) < MOST_WORDS for ids in told], p.argmax(1) + 1, 0)
-
-    def embed(self, texts):
-        """Token vectors of texts as the role `rephrase` reads them."""
-        ids = pad_right([self.words.prompt("rephrase", text) for text in texts], self.model.norm.weight.device)
-        size = torch.tensor([[len(text.split())] for text in texts], device=ids.device)
-        mask = torch.arange(ids.shape[1] - 1, device=ids.device) < size
-        with torch.no_grad():
-            return hidden_states(self.model, ids)[:, 1:], mask, mask.float()
-
-    def bart(self, pairs):
-        """BARTScore of (text, reference): mean of log p(text | reference) and log p(reference | text)."""
-        both = [(self.words.prompt("rephrase", a), self.words.encode(b) + [0]) for y, r in pairs for a, b in ((r, y), (y, r))]
-        return np.array(mean_logp(self.model, both, self.cfg.kernels)).reshape(-1, 2).mean(1)
+        p = choice(self.model, [prompt + ids for prompt, ids in zip(prompts, told)], scores)  # (N, 5)
+        return p @ np.arange(1, 6), np.where([len(ids) < MOST_WORDS for ids in told], p.argmax(1) + 1.0, math.nan)
 
 
-# Prompts of an LLM as reviser and judge (official code: what they ask for; our words), and what is read from its replies
-REVISE = ("You are an expert editor. Below are an instruction and an answer to it. Revise the answer so that it follows "
-          "the instruction better. Look at {rubric}; be accurate and honest, and keep what is already right in its own "
-          "words. If the answer needs no change, give it back unchanged.{hint}\n\n[Instruction]\n{source}\n\n[Answer]\n"
-          "{answer}\n{helper}\nReply with the complete revised answer and nothing else.")
-HINT = (" Another answer is shown as well. It is not necessarily better: take over what is good in it, avoid what is "
-        "bad.")
-RATE = ("You are an impartial judge. Rate how good the answer to the instruction is. Look at {rubric}.{compare} Explain in "
-        "a few sentences, then give a score from 1 (very bad) to 5 (very good), in double brackets: [[3]].\n\n"
-        "[Instruction]\n{source}\n{reference}\n[Answer]\n{answer}\n")
-CHOOSE = ("You are an impartial judge. Decide which of two answers follows the instruction better. Look at {rubric}, and "
-          "do not let the order, the length or the names of the answers influence you.{compare} Explain in a few "
-          "sentences, then end with [[A]] if answer A is better or with [[B]] if answer B is.\n\n[Instruction]\n{source}\n"
-          "{reference}\n[Answer A]\n{a}\n\n[Answer B]\n{b}\n")
+# Prompts of an LLM as reviser and judge (official code: what they ask for; the words are ours)
+REVISE = """You are an expert editor. Below are an instruction and an answer to it. Revise the answer so that it
+follows the instruction better. Look at {rubric}; be accurate and honest, and keep what is already right in its own
+words. If the answer needs no change, give it back unchanged.{hint}
+
+[Instruction]
+{source}
+
+[Answer]
+{answer}
+{helper}
+Reply with the complete revised answer and nothing else."""
+HINT = " Another answer is shown as well. It is not necessarily better: take what is good in it, avoid what is bad."
+RATE = """You are an impartial judge. Rate how good the answer to the instruction is. Look at {rubric}.{compare} Explain
+in a few sentences, then give a score from 1 (very bad) to 5 (very good) in double brackets, such as [[3]].
+
+[Instruction]
+{source}
+{reference}
+[Answer]
+{answer}"""
+CHOOSE = """You are an impartial judge. Decide which of two answers follows the instruction better. Look at {rubric};
+order, length and names of the answers must not matter.{compare} Explain in a few sentences, then end with [[A]] if answer
+A is better or with [[B]] if answer B is.
+
+[Instruction]
+{source}
+{reference}
+[Answer A]
+{a}
+
+[Answer B]
+{b}"""
 COMPARE = " First compare the answer with the reference answer."
 
 
@@ -814,7 +849,8 @@ def judge_request(rubric, source, answers, reference=""):
     shown = f"\n[Reference answer]\n{quoted(reference)}\n" if reference else ""
     common = dict(rubric=rubric, source=source, compare=COMPARE * bool(reference), reference=shown)
     answers = [quoted(text) for text in answers]
-    return CHOOSE.format(a=answers[0], b=answers[1], **common) if answers[1:] else RATE.format(answer=answers[0], **common)
+    return RATE.format(answer=answers[0], **common) if len(answers) == 1 else CHOOSE.format(
+        a=answers[0], b=answers[1], **common)
 
 
 def read_verdict(reply, options):
@@ -824,7 +860,7 @@ def read_verdict(reply, options):
 
 
 def clean_revision(reply):
-    """The revised answer in a reply: without a fence around it, quotes around it, or a first line such as "Revised:"."""
+    """The revised answer in a reply, without fence or quotes around it, or a first line such as "Revised:"."""
     text = (reply or "").strip()
     head, _, rest = text.partition("\n")
     if head.endswith(":") and len(head.split()) <= 8 and rest.strip():
@@ -845,7 +881,7 @@ def revise_all(backend, cfg, jobs, key=()):
     found, todo = {}, list(range(len(jobs)))
     for attempt in range(3):
         requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
-        for i, reply in zip(todo, backend.ask(requests, cfg.temp_revise, (*key, "revise", attempt), attempt)):
+        for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
             text, answer = clean_revision(reply), jobs[i][1]
             found[i] = dict(text=text, failed=False, identity=text.split() == answer.split())
             found[i] = found[i] if fits(text, answer) else dict(text=answer, failed=True, identity=True)
@@ -855,13 +891,15 @@ def revise_all(backend, cfg, jobs, key=()):
     return [found[i] for i in range(len(jobs))]
 
 
+TEMPERATURES = dict(revise=0.3, judge=0.1, free=0.0)  # the judge with and without a reference (official code)
+
+
 class Local:
     """A chat checkpoint as reviser and judge."""
 
     def __init__(self, cfg, run):
-        folder = fetch_model(cfg.model)
-        self.cfg, self.model, self.tok, self.tokens = cfg, load_real(folder).to(run.device, run.dtype).eval(), \
-            load_tokenizer(folder), 0
+        self.cfg, folder, self.tokens = cfg, fetch_model(cfg.model), 0
+        self.model, self.tok = load_real(folder).to(run.device, run.dtype).eval(), load_tokenizer(folder)
         ends = [self.tok.special.get(name) for name in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")]
         self.stop = [i for i in dict.fromkeys([self.tok.eos, *ends]) if i is not None]
 
@@ -877,11 +915,6 @@ class Local:
             return [self.tok.decode(ids) for ids in new]
 
         return in_batches(self.prompts(contents), 16, work)
-
-    def choose(self, contents, options):
-        """Probabilities (P, K) of the verdicts when the model is made to give one at once: a judge by logits."""
-        ids = [self.tok.encode(option)[0] for option in options]
-        return choice(self.model, [p + self.tok.encode("[[") for p in self.prompts(contents)], ids, 16)
 
 
 class Remote:
@@ -900,46 +933,42 @@ class Remote:
         return self.chat.tokens
 
 
-def answers_of(row):
-    return [row[name] for name in ("response", "a", "b") if name in row]
-
-
-def make_references(cfg, backend, rows, part):
-    """A row of references.jsonl for each row: the model's own answer, and the revisions of its answers. One answer of a
-    pair is shown to the reviser of the other; with --pair-ref random only the primary one is revised. (official code)"""
-    key, made = ("references", part[0]["id"]), []
-    wanted = [[i for i in range(len(answers_of(row))) if cfg.pair_ref != "random" or i == row["primary"]] for row in part]
-    jobs = [(row["source"], answers_of(row)[i], *answers_of(row)[1 - i : 2 - i][: len(answers_of(row)) - 1])
-            for row, places in zip(part, wanted) for i in places]
-    revised = iter(revise_all(backend, cfg, jobs, key))
-    sources = [row["source"] for row in part] if "direct" in cfg.arms.split(",") else []
-    direct = backend.ask(sources, cfg.temp_revise, (*key, "direct")) or [""] * len(part)
-    for row, places, text in zip(part, wanted, direct):
-        made.append(dict(id=row["id"], direct=text or "", adapted={str(i): next(revised) for i in places}))
+def make_references(cfg, backend, rows):
+    """Rows of references.jsonl: the model's own answers, and revisions {answer: ...}. The reviser of an answer of a
+    pair is shown the other; with --pair-ref random only the primary answer is revised. (official code)"""
+    key, jobs, asked = ("references", rows[0]["id"]), [], []
+    for i, row in enumerate(rows):
+        texts = answers_of(row)
+        for j, text in enumerate(texts):
+            if texts[1:] == [] or cfg.pair_ref != "random" or j == row["primary"]:
+                asked.append((i, str(j)))
+                jobs.append((row["source"], text, *texts[1 - j :][: len(texts) - 1]))
+    made = [dict(id=row["id"], direct="", adapted={}) for row in rows]
+    for (i, j), found in zip(asked, revise_all(backend, cfg, jobs, key)):
+        made[i]["adapted"][j] = found
+    if "direct" in cfg.arms.split(","):
+        replies = backend.ask([row["source"] for row in rows], TEMPERATURES["revise"], (*key, "direct"))
+        for row, text in zip(made, replies):
+            row["direct"] = text or ""
     return made
 
 
-def make_judgments(cfg, backend, part):
-    """A row of judgments.jsonl for each row: verdicts of all arms, for pairs in both orders."""
-    made, asked = {row["id"]: [] for row in part}, []
-    for row in part:
-        answers = answers_of(row)
-        for arm, reference in row["references"].items():
-            for order in range(len(answers)):
-                request = judge_request(cfg.rubric, row["source"], answers[::-1] if order else answers, reference)
-                asked.append((row["id"], arm, order, request))
-    options = list("AB") if "a" in part[0] else list("12345")
-    for with_reference, temperature in ((False, 0.0), (True, cfg.temp_judge)):
-        some = [x for x in asked if (x[1] != "none") == with_reference]
-        replies = backend.ask([x[3] for x in some], temperature, ("judge", part[0]["id"], with_reference))
-        for (name, arm, order, request), reply in zip(some, replies):
-            digest = hashlib.sha256(request.encode()).hexdigest()[:16]
-            made[name].append(dict(arm=arm, order=order, prompt=digest, raw=reply, verdict=read_verdict(reply, options)))
-    if isinstance(backend, Local):
-        p = backend.choose([x[3] for x in asked], options)  # (P, K)
-        for (name, arm, order, _), row in zip(asked, p.tolist()):
-            next(x for x in made[name] if (x["arm"], x["order"]) == (arm, order))["p"] = row
-    return [dict(id=name, verdicts=verdicts) for name, verdicts in made.items()]
+def make_judgments(cfg, backend, rows):
+    """Rows of judgments.jsonl: verdicts with each reference and with none, of pairs in both orders."""
+    options, asked, made = list("AB" if "b" in rows[0] else "12345"), [], []
+    for row in rows:
+        verdicts, texts = [], answers_of(row)
+        for (arm, reference), order in itertools.product(row["references"].items(), range(len(texts))):
+            request = judge_request(cfg.rubric, row["source"], texts[::-1] if order else texts, reference)
+            verdicts.append(dict(arm=arm, order=order, prompt=hashlib.sha256(request.encode()).hexdigest()[:16]))
+            asked.append((request, verdicts[-1]))
+        made.append(dict(id=row["id"], verdicts=verdicts))
+    for name in ("free", "judge"):
+        part = [(request, verdict) for request, verdict in asked if (verdict["arm"] == "none") == (name == "free")]
+        replies = backend.ask([request for request, _ in part], TEMPERATURES[name], (name, rows[0]["id"]))
+        for (_, verdict), reply in zip(part, replies):
+            verdict |= dict(raw=reply, verdict=read_verdict(reply, options))
+    return made
 
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
@@ -1009,18 +1038,10 @@ def mean_draws(x, group, weight):
         return weight @ total / (weight @ count)
 
 
-def prefer(scores, protocol, primary):
-    """Which answer of a pair a metric prefers, 1: the first, -1: the second, 0: none. scores (P, 2, 2): of answer i
-    against the revision of answer j. random: one revision, of answer primary (P,), for both (official code); own: each
-    against its own; both: means over both revisions, so that no answer is the anchor (our choice)."""
-    s = dict(random=scores[np.arange(len(scores)), :, primary], own=scores.diagonal(0, 1, 2), both=scores.mean(2))
-    return np.sign(s[protocol][:, 0] - s[protocol][:, 1])  # (P,)
-
-
 def competence(rows, revisions):
     """p_fix: share of the errors of responses that a revision mends. p_dmg: share of the right slots that it breaks.
     identity: share of right responses that come back unchanged."""
-    before, after = (np.array([[v for v in slot_errors(row["record"], text).values()] for row, text in zip(rows, texts)])
+    before, after = (np.array([list(slot_errors(row["record"], text).values()) for row, text in zip(rows, texts)])
                      for texts in ([row["response"] for row in rows], revisions))
     stated = np.array([[slot in row["record"] for slot in VALUES] for row in rows])
     same = [row["response"] == text for row, text in zip(rows, revisions) if not row["quality"]]
@@ -1028,253 +1049,136 @@ def competence(rows, revisions):
                 identity=np.mean(same))
 
 
-def measure(pairs, embed=None, bart=None, kernels=False):
-    """{metric: scores (P,)} of (text, reference) pairs; equal pairs are measured once."""
-    place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-    unique, rows = list(place), [classic(*pair) for pair in place]
-    found = {name: [row[name] for row in rows] for name in rows[0]}
-    if embed:
-        found["bertscore"] = bert_score(embed, unique, kernels)
-    if bart:
-        found["bartscore"] = bart(unique)
-    return {name: np.array(x, float)[[place[pair] for pair in pairs]] for name, x in found.items()}
-
-
 def baselines(rows):
     """Scores that look at no reference: words, and the share of the words that stand in the source."""
-    texts = [row["response"].split() for row in rows]
-    copied = [np.mean([word in set(row["source"].split()) for word in text]) for row, text in zip(rows, texts)]
+    texts, sources = ([row[name].split() for row in rows] for name in ("response", "source"))
+    copied = [np.mean([word in set(source) for word in text]) for source, text in zip(sources, texts)]
     return {"length/none": np.array([len(text) for text in texts], float), "copy/none": np.array(copied)}
 
 
-def rating_table(table, quality, group, weight):
+def rating_table(table, quality, group):
     """Metrics, and draws of tau, of scores {"scorer/reference": (N,)}, NaN where there is none."""
-    metrics, draws = {}, {}
+    metrics, draws, weight = {}, {}, resampled(group)
     for key, x in table.items():
         (name, kind), ok = key.split("/"), ~np.isnan(x)
         x, q, g = x[ok], quality[ok], group[ok]
         draws[key] = tau_draws(x, q, g, weight)
-        by_source = [tau_b(x[g == i], q[g == i]) for i in np.unique(g)]
-        by_source = [tau for tau in by_source if not math.isnan(tau)]  # sources whose responses are all alike say nothing
+        inside = [tau_b(x[g == i], q[g == i]) for i in np.unique(g)]
+        inside = [tau for tau in inside if not math.isnan(tau)]  # sources whose responses are all alike say nothing
         metrics |= {key: tau_b(x, q), f"{name} rho/{kind}": spearman(x, q)}
-        metrics[f"{name} by source/{kind}"] = float(np.mean(by_source)) if by_source else math.nan
+        metrics[f"{name} by source/{kind}"] = float(np.mean(inside)) if inside else math.nan
     return metrics, draws
 
 
-def pair_table(preferences, label, longer, group, weight):
-    """The same for pairs: accuracy of preferences {"scorer/reference": (P,)} in -1..1 (0 counts half) against labels
-    (P,) of 1 or -1; `longer`: of the pairs whose worse answer is the longer one."""
-    draws = {}
-    for key, preference in preferences.items():
-        (name, kind), hits = key.split("/"), 0.5 + preference * label / 2
-        draws[f"{name} pairs/{kind}"] = mean_draws(hits, group, weight)
-        draws[f"{name} longer/{kind}"] = mean_draws(hits[longer], group[longer], weight)
-    return {key: float(x[0]) for key, x in draws.items()}, draws
-
-
-def protocols(cross, primary, chosen):
-    """Preferences by which revision is the reference, from scores {metric: (P, 2, 2)}, and how often the primary answer
-    wins where its revision judges both: an anchor that leaves no choice would give 1, no bias 0.5."""
-    found, bias = {}, {}
-    for name, c in cross.items():
-        found |= {f"{name}/{kind}": prefer(c, kind, primary) for kind in ("random", "own", "both")
-                  if not np.isnan(prefer(c, kind, primary)).any()}
-        found[f"{name}/adapted"] = found[f"{name}/{chosen}"]
-        bias[f"{name} primary wins/random"] = float((0.5 + found[f"{name}/random"] * (1 - 2 * primary) / 2).mean())
-    return found, bias
-
-
-def world_scores(cfg, tiny, rows, references, revisions):
-    """Scores {"scorer/reference": (N,)} of the responses, and {scorer: (N, SYSTEMS)} against the revisions of all
-    responses to the same record."""
-    texts, N = [row["response"] for row in rows], len(rows)
-    beside = [(i, i // SYSTEMS * SYSTEMS + j) for i in range(N) for j in range(SYSTEMS)]
-    index = [*range(N)] * len(references) + [i for i, _ in beside]
-    refs = [text for kind in references.values() for text in kind] + [revisions[j] for _, j in beside]
-    scores = measure([(texts[i], ref) for i, ref in zip(index, refs)], tiny.embed, tiny.bart, cfg.kernels)
-    free = [(row["source"], "", row["response"]) for row in rows]
-    expected, verdict = tiny.judge(free + [(rows[i]["source"], ref, texts[i]) for i, ref in zip(index, refs)])
-    table = baselines(rows) | {"judge/none": expected[:N], "verdict/none": verdict[:N].astype(float)}
-    table["checker/none"] = np.array([row["quality"] for row in rows], float)
-    scores |= dict(judge=expected[N:], verdict=verdict[N:].astype(float))
-    for name, x in scores.items():
-        x[x == 0] = math.nan if name == "verdict" else 0  # explanations without a verdict
-        table |= {f"{name}/{kind}": x[i * N :][:N] for i, kind in enumerate(references)}
-    table["verdict/none"][table["verdict/none"] == 0] = math.nan
-    return table, {name: x[len(references) * N :].reshape(N, SYSTEMS) for name, x in scores.items() if name != "verdict"}
+def pair_table(cfg, table, pair, label, group, primary, more=()):
+    """The same for pairs (P, 2) of responses with labels (P,), 1: the first is better, or -1. Accuracy, where no
+    preference counts half, of all pairs and of those whose worse answer is longer. Columns "0", "1", ... of the table
+    are scores against the revision of that response to the source; `more`: preferences made elsewhere."""
+    preferences, metrics, draws, size = {}, {}, {}, 1 + max((int(k[-1]) for k in table if k[-1].isdigit()), default=0)
+    for key, x in table.items():
+        name, kind = key.split("/")
+        if kind == "0":
+            square = np.stack([table[f"{name}/{j}"] for j in range(size)], 1)[pair[:, :, None], pair[:, None] % size]
+            for protocol in ("random", "own", "both"):  # with --pair-ref random the others cannot be known
+                preferences[f"{name}/{protocol}"] = prefer(square, protocol, primary)
+            preferences[f"{name}/adapted"] = preferences[f"{name}/{cfg.pair_ref}"]
+            # an anchor that leaves no choice would give 1, no bias 0.5
+            wins = 0.5 + preferences[f"{name}/random"] * (1 - 2 * primary) / 2
+            metrics[f"{name} primary wins/random"] = float(wins.mean())
+        elif not kind.isdigit() and kind != "adapted":
+            preferences[key] = np.sign(np.nan_to_num(x[pair[:, 0]] - x[pair[:, 1]]))
+    preferences = {key: x for key, x in (preferences | dict(more)).items() if not np.isnan(x).any()}
+    longer = (table["length/none"][pair] @ [1, -1]) * label < 0
+    for key, x in preferences.items():
+        (name, kind), hits = key.split("/"), 0.5 + x * label / 2
+        draws[f"{name} pairs/{kind}"] = mean_draws(hits, group, resampled(group))
+        draws[f"{name} longer/{kind}"] = mean_draws(hits[longer], group[longer], resampled(group))
+    return metrics | {key: float(x[0]) for key, x in draws.items()}, draws, preferences
 
 
 def evaluate_world(cfg, tiny, rows):
     """All arms on the held-out responses: metrics, and draws for the claims."""
-    texts, N, revisions = [row["response"] for row in rows], len(rows), tiny.revise(rows)
-    own = [text for text in tiny.write(rows[::SYSTEMS]) for _ in range(SYSTEMS)]
-    shift = [i // SYSTEMS * SYSTEMS + (i + 1) % SYSTEMS for i in range(N)]
-    references = dict(human=[row["human"] for row in rows], direct=own, adapted=revisions,
-                      mismatched=[revisions[i] for i in shift],
-                      unrelated=[revisions[(i + SYSTEMS) % N] for i in range(N)])
-    references = {kind: references[kind] for kind in cfg.arms.split(",")}
-    table, cross = world_scores(cfg, tiny, rows, references, revisions)
+    texts, sources, N = [row["response"] for row in rows], [row["source"] for row in rows], len(rows)
+    revisions, own, S = tiny.revise(rows), tiny.write(rows[::SYSTEMS]), SYSTEMS
+    place = [(i // S * S, i % S) for i in range(N)]  # of the first response to the record, and of this one
+    columns = dict(human=[row["human"] for row in rows], direct=[own[first // S] for first, _ in place],
+                   adapted=revisions, mismatched=[revisions[first + (i + 1) % S] for first, i in place])
+    columns = {kind: columns[kind] for kind in cfg.arms.split(",")}
+    everything = columns | {str(j): [revisions[first + j] for first, _ in place] for j in range(S)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
-    weight = resampled(group)
-    metrics, draws = rating_table(table, quality, group, weight)
-    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, (i // SYSTEMS + 1) * SYSTEMS)
-                     if quality[i] != quality[j]])  # (P, 2)
-    primary = np.random.default_rng(cfg.seed).integers(2, size=len(pair))
-    squares = {name: x[pair[:, :, None], pair[:, None] % SYSTEMS] for name, x in cross.items()}  # (P, 2, 2)
-    preferences = {key: np.sign(np.nan_to_num(x[pair[:, 0]] - x[pair[:, 1]])) for key, x in table.items()}
-    adapted, bias = protocols(squares, primary, cfg.pair_ref)
-    length, label = table["length/none"], np.sign(quality[pair[:, 0]] - quality[pair[:, 1]])
-    longer = np.where(label > 0, length[pair[:, 1]] > length[pair[:, 0]], length[pair[:, 0]] > length[pair[:, 1]])
-    both = pair_table(preferences | adapted, label, longer, group[pair[:, 0]], weight)
-    metrics |= both[0] | bias | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
-    for kind in references:  # trap: r* of a good response must be near to it
-        metrics |= {f"likeness of {k} errors/{kind}": float(table[f"rougeL/{kind}"][quality == -k].mean())
-                    for k in range(4) if (quality == -k).any()}
-    words = {kind: np.mean([len(text.split()) for text in column]) for kind, column in references.items()}
-    read = np.mean([len(row["source"].split()) + len(text.split()) for row, text in zip(rows, texts)])
-    metrics |= {"words a verdict/none": read} | {  # a revision is one more call: it reads, and writes the reference
-        f"words a verdict/{kind}": read + n + (read + n) * (kind == "adapted") for kind, n in words.items()}
-    shown = [row | dict(adapted=text, score=float(score)) for row, text, score in zip(rows, revisions, table["judge/none"])]
-    return metrics, draws | both[1], shown
+    table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
+    table |= measure(texts, everything, *real_metrics(cfg, tiny.model.norm.weight.device), cfg.kernels)
+    for kind, column in ({"none": [""] * N} | everything).items():
+        table[f"judge/{kind}"], verdict = tiny.judge(sources, column, texts)
+        table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
+    metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
+    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, i // S * S + S) if quality[i] != quality[j]])
+    label, primary = np.sign(quality[pair] @ [1, -1]), np.random.default_rng(cfg.seed).integers(2, size=len(pair))
+    found, more, _ = pair_table(cfg, table, pair, label, group[pair[:, 0]], primary)
+    metrics |= found | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
+    read = np.mean([len(f"{x} {y}".split()) for x, y in zip(sources, texts)])
+    metrics["words a verdict/none"] = read
+    for kind, column in columns.items():
+        for k in range(4):  # r* of a good response must be near to it: it is no new text
+            metrics[f"likeness, {k} errors/{kind}"] = float(table[f"rougeL/{kind}"][quality == -k].mean())
+        n = np.mean([len(text.split()) for text in column])  # a revision is one more call, which reads and writes
+        metrics[f"words a verdict/{kind}"] = read + n + (read + n if kind == "adapted" else 0)
+    return metrics, draws | more
 
 
 def measure_budget(cfg, tiny, rows):
     """What the model is worth at one budget: as a reviser, with metrics against its revisions, and as a judge."""
-    quality, revisions = [row["quality"] for row in rows], tiny.revise(rows)
-    scores = [classic(row["response"], text) for row, text in zip(rows, revisions)]
-    judged, _ = tiny.judge([(row["source"], "", row["response"]) for row in rows])
-    taus = {name: tau_b([x[name] for x in scores], quality) for name in ("bleu", "rougeL", "edit")}
-    return {key: float(x) for key, x in competence(rows, revisions).items()} | taus | dict(judge=tau_b(judged, quality))
-
-
-def attach_references(cfg, rows, made):
-    """Put {"none": "", kind: reference} into each row; made: its row of references.jsonl."""
-    arms, members = cfg.arms.split(","), {}
-    for i, row in enumerate(rows):
-        members.setdefault(row["group"], []).append(i)
-
-    def adapted(i):
-        return made[i]["adapted"].get(str(rows[i].get("primary", 0)), dict(text=""))["text"]
-
-    for i, row in enumerate(rows):
-        here, stranger = members[row["group"]], (i + 1) % len(rows)
-        while rows[stranger]["group"] == row["group"] and stranger != i:
-            stranger = (stranger + 1) % len(rows)
-        beside = here[(here.index(i) + 1) % len(here)]
-        found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted(i),
-                     mismatched=adapted(beside) if beside != i and "a" not in row else "",
-                     unrelated=adapted(stranger) if stranger != i else "")
-        row["references"] = {"none": ""} | {kind: text for kind, text in found.items() if text and kind in arms}
-
-
-def real_metrics(cfg, run):
-    """embed for BERTScore and bart for BARTScore from real checkpoints, None where none was named; and likelihood, the
-    mean log p(answer | source) per token."""
-    embed = bart = likelihood = None
-    if cfg.encoder:
-        encoder = Encoder(fetch_model(cfg.encoder)).to(run.device).eval()
-
-        def embed(texts):
-            x, mask = encoder(texts)
-            weight = mask.float()
-            weight[:, 0] = 0
-            return x, mask, weight.scatter(1, mask.sum(1, keepdim=True) - 1, 0)  # CLS and SEP
-
-    if cfg.scorer:
-        folder = fetch_model(cfg.scorer)
-        model, encode = load_real(folder).to(run.device, run.dtype).eval(), load_tokenizer(folder).encode
-
-        def logp(pairs, between):
-            tokens = [(encode(a + between)[-400:], encode(" " + b)[:400]) for a, b in pairs]
-            return np.array(mean_logp(model, tokens, cfg.kernels, 8))
-
-        def bart(pairs):
-            both = logp([side for y, r in pairs for side in ((r, y), (y, r))], " In other words,")
-            return both.reshape(-1, 2).mean(1)
-
-        def likelihood(pairs):
-            return logp(pairs, "\n\n")
-
-    return embed, bart, likelihood
-
-
-def data_scores(cfg, run, rows, made):
-    """Scores {"scorer/reference": (N,)} of all answers, NaN where there is no reference; for pairs also {scorer:
-    (P, 2, 2)} against both revisions. Answers of a pair follow each other."""
-    answers = [dict(source=row["source"], response=text, row=i, at=j) for i, row in enumerate(rows)
-               for j, text in enumerate(answers_of(row))]
-    embed, bart, likelihood = real_metrics(cfg, run)
-    table = baselines(answers)
-    if likelihood:
-        table["likelihood/none"] = likelihood([(x["source"], x["response"]) for x in answers])
-    wanted = [(n, kind, rows[x["row"]]["references"].get(kind, "")) for n, x in enumerate(answers) for kind in REFERENCES]
-    wanted += [(n, j, made[x["row"]]["adapted"].get(str(j), dict(text=""))["text"]) for n, x in enumerate(answers)
-               for j in range(2) if "a" in rows[0]]
-    wanted, cross = [x for x in wanted if x[2]], {}
-    scores = measure([(answers[n]["response"], ref) for n, _, ref in wanted], embed, bart, cfg.kernels) if wanted else {}
-    for name, x in scores.items():
-        for (n, kind, _), score in zip(wanted, x):
-            if isinstance(kind, str):
-                table.setdefault(f"{name}/{kind}", np.full(len(answers), math.nan))[n] = score
-            else:
-                cross.setdefault(name, np.full((len(answers), 2), math.nan))[n, kind] = score
-    return table, {name: x.reshape(-1, 2, 2) for name, x in cross.items()}
-
-
-def judge_scores(rows, judged):
-    """From the rows of judgments.jsonl: scores or preferences {"judge/reference": (N,)} (NaN: no verdict), and shares of
-    verdicts that could be read (coverage), of the first place among them, of pairs with one winner in both orders."""
-    found, metrics, arms = {}, {}, sorted({v["arm"] for row in judged for v in row["verdicts"]})
-    for arm in arms:
-        verdicts = [[v for v in row["verdicts"] if v["arm"] == arm] for row in judged]
-        values = [[math.nan if v["verdict"] is None else v["verdict"] for v in part] for part in verdicts]
-        flat = np.array(sum(values, []), float)
-        metrics[f"judge coverage/{arm}"] = float(np.isfinite(flat).mean())
-        logits = [[v["p"] for v in part if "p" in v] for part in verdicts]
-        if "a" in rows[0]:  # 1: the first answer wins; an order without a verdict counts half
-            wins = np.array([[1 - 2 * x if v["order"] == 0 else 2 * x - 1 for x, v in zip(part, vs)] or [math.nan] * 2
-                             for part, vs in zip(values, verdicts)])  # (P, 2)
-            found[f"judge/{arm}"] = np.nan_to_num(wins).mean(1)
-            read = wins[np.isfinite(wins).all(1)]
-            metrics[f"judge consistent/{arm}"] = float((read[:, 0] == read[:, 1]).mean()) if len(read) else math.nan
-            metrics[f"judge first/{arm}"] = float((flat[np.isfinite(flat)] == 0).mean()) if len(read) else math.nan
-            if any(logits):
-                found[f"judge-logit/{arm}"] = np.sign([p[0][0] - p[0][1] + p[1][1] - p[1][0] if p else 0 for p in logits])
-        else:
-            found[f"judge/{arm}"] = np.array([part[0] + 1 if part else math.nan for part in values])
-            if any(logits):
-                found[f"judge-logit/{arm}"] = np.array([p[0] @ np.arange(1, 6) if p else math.nan for p in logits])
-    return found, metrics
+    texts, sources, revisions = [row["response"] for row in rows], [row["source"] for row in rows], tiny.revise(rows)
+    scores = measure(texts, dict(adapted=revisions)) | {"judge/": tiny.judge(sources, [""] * len(rows), texts)[0]}
+    taus = {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
+    return {key: float(x) for key, x in (competence(rows, revisions) | taus).items()}
 
 
 def scripted(rows, p_fix, p_dmg):
     """tau of metrics where a reviser of known competence makes the references: where is the break-even line?"""
-    rng, quality = random_of("scripted", p_fix, p_dmg), [row["quality"] for row in rows]
+    rng = random_of("scripted", p_fix, p_dmg)
     texts = [say(repair(row["record"], row["clauses"], rng, p_fix, p_dmg)) for row in rows]
-    scores = [classic(row["response"], text) for row, text in zip(rows, texts)]
-    return {name: tau_b([x[name] for x in scores], quality) for name in ("bleu", "rougeL", "edit")}
+    scores = measure([row["response"] for row in rows], dict(adapted=texts))
+    return {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
 
 
-GRID = (1.0, 0.0), (0.8, 0.0), (0.6, 0.0), (0.4, 0.0), (0.2, 0.0), (0.8, 0.1), (0.6, 0.1), (0.6, 0.2), (0.4, 0.2), (0.2, 0.2)
-# Fixed before the first evidence run, from the paper's claims and section 6 of its reading: id, statistic, threshold,
-# what would refute it. "scorer/reference" is tau-b with the exact quality; "pairs", "longer": accuracy on pairs of
-# responses to a record, and on those whose worse response is the longer one. Intervals: draws of records.
-CLAIMS = [(f"adapted-beats-{kind}-{name}", f"{name}/adapted - {name}/{kind}", 0.0, f"{kind} references are as good (C1)")
+def judge_scores(rows, judged):
+    """From rows of judgments.jsonl: scores, or for pairs preferences, {"judge/reference": (N,)}; coverage, the share of
+    verdicts that could be read; for pairs the shares of the first place and of one winner in both orders."""
+    found, metrics = {}, {}
+    for arm in dict.fromkeys(v["arm"] for row in judged for v in row["verdicts"]):
+        parts = [[v["verdict"] for v in row["verdicts"] if v["arm"] == arm] for row in judged]
+        metrics[f"judge coverage/{arm}"] = float(np.mean([x is not None for part in parts for x in part]))
+        size = 1 + ("b" in rows[0])
+        x = np.array([part or [None] * size for part in parts], float)  # (N, size), NaN where there is no verdict
+        found[f"judge/{arm}"] = x[:, 0] + 1 if size == 1 else np.nan_to_num((1 - 2 * x) * [1, -1]).mean(1)
+        both = x[np.isfinite(x).all(1)]
+        if size == 2 and len(both):  # 0: the first place wins, 1: the second
+            metrics[f"judge consistent/{arm}"] = float((both.sum(1) == 1).mean())
+            metrics[f"judge first/{arm}"] = float((both == 0).mean())
+    return found, metrics
+
+
+GRID = (1.0, 0.0), (0.8, 0.0), (0.6, 0.0), (0.4, 0.0), (0.2, 0.0), (0.8, 0.1), (0.6, 0.1), (0.6, 0.2), (0.4, 0.2), \
+    (0.2, 0.2)  # (p_fix, p_dmg) of scripted revisers
+# Fixed before the first evidence run: id, statistic, threshold, what would refute it. "scorer/reference" is tau-b with
+# the exact quality; "pairs" and "longer": accuracy on pairs of responses to a record, and on those whose worse one is
+# longer. Intervals: 1000 draws of records, for one trained model.
+CLAIMS = [(f"{name}-adapted-beats-{kind}", f"{name}/adapted - {name}/{kind}", 0.0, f"{kind} ones are as good (C1)")
           for kind in ("human", "direct") for name in ("bleu", "rougeL", "bertscore", "bartscore")] + [
-    ("metric-beats-judge", "bleu/adapted - judge/none", 0.0, "the weak judge is better than weak reviser and BLEU (C2)"),
+    ("metric-beats-judge", "bleu/adapted - judge/none", 0.0, "the judge is better than reviser and BLEU (C2)"),
     ("adapted-helps-judge", "judge/adapted - judge/none", 0.0, "the judge gains nothing from r* (C3)"),
-    ("adapted-beats-human-judge", "judge/adapted - judge/human", 0.0, "nor more than from human references (C3)"),
-    ("adapted-resists-length", "bleu longer/adapted - bleu longer/human", 0.0, "long bad answers fool it too (C4)"),
-    ("mismatched-loses-bleu", "bleu/adapted + bleu/human - 2 * bleu/mismatched", 0.0, "half the gain is kept (C5)"),
-    ("mismatched-loses-judge", "judge/adapted - judge/mismatched", 0.0, "any revision would do (C5)"),
+    ("adapted-resists-length", "bleu longer/adapted - bleu longer/human", 0.0, "long bad answers win as often (C4)"),
+    ("mismatched-loses-bleu", "bleu/adapted + bleu/human - 2 * bleu/mismatched", 0.0, "half of the gain is kept (C5)"),
+    ("mismatched-loses-judge", "judge/adapted - judge/mismatched", 0.0, "any revision helps the judge as much (C5)"),
     ("bleu-beats-edit", "bleu/adapted - edit/adapted", 0.0, "counting the reviser's edits does as well (tautology)"),
-    ("both-beats-random", "bleu pairs/both - bleu pairs/random", 0.0, "one shared r* is no anchor (our section on pairs)"),
+    ("both-beats-random", "bleu pairs/both - bleu pairs/random", 0.0, "one revision is no anchor (ours)"),
 ]
 
 
 def interval(draws):
-    """Statistic and 95 % interval of draws whose first is the data."""
-    low, high = np.nanquantile(draws[1:], (0.025, 0.975)) if np.isfinite(draws[1:]).any() else (math.nan, math.nan)
+    """Statistic and 95 % interval of draws, of which the first is the data."""
+    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
     return float(draws[0]), (min(low, draws[0]), max(high, draws[0]))
 
 
@@ -1283,7 +1187,7 @@ def statistics(draws):
     found = {}
     for name, formula, *_ in CLAIMS:
         terms = re.findall(r"(^|[+-]) ?(?:(\d) \* )?([a-zA-Z][\w ]*/\w+)", formula)
-        if all(key in draws and np.isfinite(draws[key][0]) for *_, key in terms):
+        if all(key in draws and math.isfinite(draws[key][0]) for *_, key in terms):
             found[name] = interval(sum(float(sign + (n or "1")) * draws[key] for sign, n, key in terms))
     return found
 
@@ -1292,11 +1196,9 @@ def statistics(draws):
 def example(role, rng):
     """(prompt, answer) in tokens of one role, from a training record."""
     w, record = tiny_words(), make_record(rng, "train")
-    source = " ".join(f"{slot} {value}" for slot, value in record.items())
-    right = tell(record, rng)
-    if role in ("write", "rephrase"):
-        prompt = w.prompt(role, source if role == "write" else say(right))
-        return prompt, w.encode(say(tell(record, rng))) + [0]
+    source, right = source_of(record), tell(record, rng)
+    if role == "write":
+        return w.prompt(role, source), w.encode(say(right)) + [0]
     clauses = add_errors(record, right, rng.choice(COUNTS), TRAIN_MIX, rng)
     gold = say(repair(record, clauses))
     if role == "revise":
@@ -1316,10 +1218,7 @@ def explain(record, text):
 
 def budgets(cfg):
     """Steps after which the model is kept and measured: little, more and all of the training."""
-    return sorted({max(1, round(cfg.steps * share)) for share in SHARES})
-
-
-SHARES = 0.15, 0.25, 0.4, 0.65, 1.0
+    return sorted({max(1, round(cfg.steps * share)) for share in (0.15, 0.25, 0.4, 0.65, 1.0)})
 
 
 def batch_of(cfg, role, step):
@@ -1719,8 +1618,8 @@ def read_stage(path):
 
 
 def stage(run, path, todo, make, size=16):
-    """Rows of a JSONL file for the items `todo`; make(part) gives those of `size` items, appended at once. What is there
-    is not made again; a part is always made whole, as its random numbers need."""
+    """Rows of a JSONL file for the items `todo`; make(part) gives those of `size` items, and they are appended at once.
+    What is there is not made again; a part is always made whole, as its random numbers need."""
     rows, log = read_stage(path), Log(run, path.stem, len(todo))
     for i in range(0, len(todo), size):
         part = todo[i : i + size]
@@ -1751,35 +1650,57 @@ def load_real(folder):
     return model
 
 
+def real_metrics(cfg, device):
+    """embed and bart, see measure, from --encoder and --scorer; None where none is named."""
+    embed = bart = None
+    if cfg.encoder:
+        encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
+
+        def embed(texts):
+            x, mask = encoder(texts)
+            weight = mask.float()
+            weight[:, 0] = 0
+            return x, mask, weight.scatter(1, mask.sum(1, keepdim=True) - 1, 0)  # CLS and SEP
+
+    if cfg.scorer:
+        folder = fetch_model(cfg.scorer)
+        model, encode = load_real(folder).to(device).eval(), load_tokenizer(folder).encode
+
+        def bart(pairs):  # a causal model needs a phrase that asks for a paraphrase (our choice)
+            both = [side for y, r in pairs for side in ((r, y), (y, r))]
+            tokens = [(encode(a + " In other words,")[-400:], encode(" " + b)[:400]) for a, b in both]
+            return np.array(mean_logp(model, tokens, cfg.kernels, 8)).reshape(-1, 2).mean(1)
+
+    return embed, bart
+
+
 def ledger(cfg, run):
     """Say before training what it takes, and what the first loss should be."""
-    torch.manual_seed(0)
-    model, total = Decoder(tiny_shape(cfg)).to(run.device), 0.0
+    model, seconds = Decoder(tiny_shape(cfg)).to(run.device), 0.0
     for role in ROLES:
-        ids, answer = (x.to(run.device) for x in batch_of(cfg, role, 0))
-        total += min(timeit.repeat(lambda: model(ids).sum().backward(), number=1, repeat=2))
-    n, tokens = sum(p.numel() for p in model.parameters()), cfg.batch_size * 65
-    print(f"{n:,} parameters, {len(ROLES)} roles | {cfg.steps} steps x {1e3 * total:.0f} ms = "
-          f"{cfg.steps * total / 60:.1f} minutes, evaluation not counted | {tokens / total:,.0f} tokens/s, "
-          f"{6e-9 * n * tokens / total:.1f} GFLOP/s | first loss, uniform: {math.log(len(tiny_words().words)):.2f}", flush=True)
+        ids, _ = (x.to(run.device) for x in batch_of(cfg, role, 0))
+        seconds += min(timeit.repeat(lambda: model(ids).sum().backward(), number=1, repeat=2))
+    n, tokens = sum(p.numel() for p in model.parameters()), 65 * cfg.batch_size
+    print(f"{n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms = {cfg.steps * seconds / 60:.1f} minutes, "
+          f"evaluation not counted | {tokens / seconds:,.0f} tokens/s, {6e-9 * n * tokens / seconds:.1f} GFLOP/s | "
+          f"loss of a uniform guess: {math.log(len(tiny_words().words)):.2f}", flush=True)
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network."""
     if cfg.task == "data":
-        rows = read_data(cfg) if cfg.data else fail("--task data needs --data FILE")
-        orders = 2 if "a" in rows[0] else 1
-        judged, revised = len(rows) * orders * (1 + len(cfg.arms.split(","))), len(rows) * orders
-        words = np.mean([len((row["source"] + " ".join(answers_of(row))).split()) for row in rows])
-        return print(f"{len(rows)} rows: at most {2 * revised} calls for references, {judged} for verdicts, "
-                     f"{1.4 * (2 * revised + judged) * (2 * words + 150):.1e} tokens (1.4 a word, replies of 150)")
+        rows = read_data(cfg) if cfg.data else [dict(source="word " * 100, a="word " * 200, b="word " * 200)] * 1000
+        sides, refs = len(answers_of(rows[0])), len(cfg.arms.split(","))
+        words = np.mean([len(" ".join([row["source"], *answers_of(row)]).split()) for row in rows])
+        calls = len(rows) * (1 + sides + sides * (1 + refs))
+        return print(f"{len(rows)} rows: up to {calls} calls, {len(rows) * (1 + sides)} of them for references, "
+                     f"{1.4 * calls * (1.5 * words + 150):.1e} tokens (1.4 a word, replies of 150 words)")
     with torch.device("meta"):
         n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
-    tokens = cfg.steps * cfg.batch_size * 65
-    memory = (16 * n + cfg.batch_size // len(ROLES) * 110 * (34 * cfg.n_layer * cfg.n_embd + 8 * 200)) / 2**30
-    print(f"{n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, "
-          f"{6 * n * tokens / 25e9 / 3600:.2f} hours on a CPU core, {6 * n * tokens / 2e12 / 3600:.2f} on one H100")
-    print("assumed: 65 tokens an example, 25 GFLOP/s on a core; a GPU is not filled by a model this small: 2 TFLOP/s")
+    flops = 6 * n * cfg.steps * cfg.batch_size * 65
+    memory = (16 * n + cfg.batch_size // len(ROLES) * 110 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
+    print(f"{n:,} parameters, {cfg.steps * cfg.batch_size * 65:.1e} tokens, {flops:.1e} FLOPs, {memory:.2f} GiB, "
+          f"{flops / 2e10 / 3600:.2f} hours on a core (20 GFLOP/s), {flops / 2e12 / 3600:.2f} on one H100 (2 TFLOP/s)")
 
 
 def plot_world(path, metrics):
@@ -1817,125 +1738,59 @@ def marked(old, new):
     return [" ".join(side) for side in sides]
 
 
-STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}table{border-"
-         "collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.25em .6em;text-align:right;vertical-align:"
-         "top}th:first-child,td.text{text-align:left}td.text{width:45%;overflow-wrap:anywhere}del{background:#fdd;text-"
-         "decoration:none}ins{background:#dfd;text-decoration:none}.bar{fill:#4878a8}summary{cursor:pointer}")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.2em .6em;text-align:right}
+th:first-child,.t{text-align:left;vertical-align:top}.w{width:48%;overflow-wrap:anywhere}meter{width:20em}
+p{white-space:pre-wrap;overflow-wrap:anywhere}del{background:#fcc}ins{background:#cfc}del,ins{text-decoration:none}"""
+BIASES = {"primary wins": "The answer wins that was revised (no bias: a half)", "longer": "Right although longer",
+          "consistent": "Same winner in both orders", "first": "The answer in the first place wins (no bias: a half)"}
 
 
-def bar_plot(title, values, middle=None):
-    """Bars from 0 to 1 as SVG, with a line at `middle`."""
-    rows = "".join(
-        f'<text x="0" y="{22 * i + 15}">{html.escape(name)}</text><rect class="bar" x="230" y="{22 * i + 4}" height="14" '
-        f'width="{300 * min(1, max(0, x)):.0f}"/><text x="540" y="{22 * i + 15}">{x:.3f}</text>'
-        for i, (name, x) in enumerate(values.items()))
-    line = f'<line x1="{230 + 300 * middle}" x2="{230 + 300 * middle}" y1="0" y2="{22 * len(values)}" stroke="red"/>'
-    return (f'<h3>{html.escape(title)}</h3><svg width="620" height="{22 * len(values)}" font-size="13">{rows}'
-            f'{line if middle is not None else ""}</svg>') if values else ""
-
-
-def write_report(path, cfg, metrics, shown):
-    """One self-contained page: table, plots of bias, and where judge and human disagree most, beside the adapted
-    reference. Texts come from data and models: everything is escaped, and there is no script."""
-    names, columns = {}, []
+def write_report(path, cfg, metrics, worst):
+    """One self-contained page: table, bars of bias, and where scorer and people disagree most, beside the adapted
+    reference. Texts come from data and models: all are escaped, and the page has no script."""
+    table = {}
     for key, x in metrics.items():
-        name, column = key.split("/")
-        names.setdefault(name, {})[column] = x
-        columns += [column] * (column in ("none", *REFERENCES) and column not in columns)
-    table = "".join("<tr><td class=text>" + html.escape(name) + "".join(
-        f"<td>{row[c]:.3f}" if c in row else "<td>" for c in columns) for name, row in names.items() if {*row} & {*columns})
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style>"
-            f"<h1>RevisEval: {html.escape(Path(cfg.data).name or 'generated texts')}</h1><p>Agreement with "
-            f"{'exact quality' if cfg.task == 'world' else 'people'} by scorer and reference: Kendall's tau-b, rho where it "
-            "says so; for pairs accuracy, and accuracy where the worse answer is the longer one.</p><div style="
-            f"'overflow-x:auto'><table><tr><th>scorer<th>{'<th>'.join(columns)}{table}</table></div>"]
-    for title, word, middle in (("How often the answer wins that the reference was made from", "primary wins", 0.5),
-                                ("Accuracy where the worse answer is longer", "longer", 0.5),
-                                ("Same winner in both orders", "consistent", None)):
+        name, _, column = key.rpartition("/")
+        table.setdefault(name, {})[column] = f"{x:.3f}"
+    columns = [c for c in COLUMNS if any(c in row for row in table.values())]
+    lines = "".join(f"<tr><td class=t>{html.escape(name)}<td>{'<td>'.join(row.get(c, '') for c in columns)}"
+                    for name, row in table.items() if set(row) & set(columns))
+    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
+            f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
+            "Kendall's tau-b, Spearman's rho, mean tau-b within a source; for pairs accuracy, and that where the worse "
+            f"answer is the longer one.</p><table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table>"]
+    for word, title in BIASES.items():
         found = {key: x for key, x in metrics.items() if f" {word}/" in key and math.isfinite(x)}
-        page.append(bar_plot(title, found, middle))
-    page.append(f"<h2>Worst disagreements</h2><p>Scorer: {html.escape(shown[0]['scorer']) if shown else ''}</p>")
-    for row in shown:
-        sides = "<tr>".join("<td class=text>{}<td class=text>{}".format(*marked(text, row["adapted"])) for text in row["texts"])
-        page.append(f"<details open><summary>{html.escape(row['title'])}</summary><p>{html.escape(row['source'])}</p><table>"
-                    f"<tr><th>response<th>adapted reference<tr>{sides}</table></details>")
+        page.append(f"<h3>{title}</h3><table>" * bool(found) + "".join(
+            f"<tr><td class=t>{html.escape(key)}<td><meter value={x:.3f}></meter><td>{x:.3f}"
+            for key, x in found.items()) + "</table>" * bool(found))
+    page.append(f"<h2>Worst disagreements of {html.escape(worst[0]['scorer']) if worst else 'none'}</h2>")
+    for row in worst:
+        sides = "<tr>".join("<td class='t w'>{}<td class='t w'>{}".format(*marked(*pair)) for pair in row["pairs"])
+        page.append(f"<details open><summary>{html.escape(row['title'])}</summary><p>{html.escape(row['source'])}</p>"
+                    f"<table><tr><th>answer<th class=t>adapted (else human) reference<tr>{sides}</table></details>")
     replace_file(Path(path), "".join(page).encode())
 
 
+def worst_of(rows, made, scores, truth, count=20):
+    """For the report: rows where people and a scorer, the first that there is, are farthest apart: in rank, or for
+    pairs in preference."""
+    key = next(k for k in ("judge/adapted", "judge/none", "bleu/adapted", "bleu/human", "length/none") if k in scores)
+    known, found = np.flatnonzero(~np.isnan(scores[key])), []
+    x, y = scores[key][known], truth[known]
+    gap = -x * y if "b" in rows[0] else np.abs(ranks(x) - ranks(y))
+    for at in [i for i in np.argsort(-gap, kind="stable")[:count] if gap[i] > 0]:
+        row, revised = rows[known[at]], made[known[at]]["adapted"]
+        said = f"{row['id']}: people {y[at]:.3g}, scorer {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
+        pairs = [(text, revised.get(str(j), dict(text=row["human"]))["text"]) for j, text in enumerate(answers_of(row))]
+        found.append(dict(scorer=key, source=row["source"], title=said, pairs=pairs))
+    return found
+
+
 # ---------------------------------------------------------------- 8. Main
-def print_table(metrics):
-    """A row for each scorer, a column for each reference; then what has other columns."""
-    rows, main = {}, ["none", *REFERENCES, "random", "own", "both"]
-    for key, x in metrics.items():
-        name, column = key.split("/")
-        rows.setdefault(name, {})[column] = x
-    columns = [c for c in main if any(c in row for row in rows.values())]
-    print(f"{'':26}" + "".join(f"{c:>11}" for c in columns))
-    for name, row in rows.items():
-        if set(row) & set(main):
-            print(f"{name:26}" + "".join(f"{row[c]:11.3f}" if c in row else " " * 11 for c in columns))
-        else:
-            print(f"{name}: " + " | ".join(f"{column} {x:.3f}" for column, x in row.items()))
-
-
-BEST = "judge/adapted", "judge/none", "bleu/adapted", "bleu/human", "length/none"  # whose worst errors a report shows
-
-
-def worst_ratings(rows, table, quality, made, count=20):
-    """For the report: where the ranks of score and quality are farthest apart."""
-    key = next(key for key in BEST if key in table)
-    ok = np.flatnonzero(~np.isnan(table[key]))
-    gap = ranks(table[key][ok]) - ranks(quality[ok])
-    return [dict(scorer=key, source=rows[i]["source"], texts=[rows[i]["response"]], adapted=adapted_of(rows[i], made[i]),
-                 title=f"{rows[i]['id']}: people {quality[i]:.3g}, score {table[key][i]:.3g}")
-            for i in ok[np.argsort(-np.abs(gap), kind="stable")][:count]]
-
-
-def worst_pairs(rows, preferences, label, made, count=20):
-    """For the report: pairs whose worse answer won."""
-    key = next(key for key in BEST if key in preferences)
-    order = np.argsort(preferences[key] * label, kind="stable")[:count]
-    return [dict(scorer=key, source=rows[i]["source"], texts=answers_of(rows[i]), adapted=adapted_of(rows[i], made[i]),
-                 title=f"{rows[i]['id']}: people prefer answer {'first second'.split()[int(label[i] < 0)]}")
-            for i in order if preferences[key][i] * label[i] < 0]
-
-
-def adapted_of(row, made):
-    return row["references"].get("adapted") or row["references"].get("human") or next(iter(answers_of(row)))
-
-
-def run_data(cfg, run, rows):
-    """Human judgements: references and verdicts where there is a back-end, then agreement of all scorers with people."""
-    backend = Remote(cfg, run) if cfg.endpoint else Local(cfg, run) if cfg.model else None
-    made, judged, metrics, cost = [dict(direct="", adapted={}) for _ in rows], [], {}, 0
-    if backend:
-        made = stage(run, run.out / "references.jsonl", rows, lambda part: make_references(cfg, backend, part))
-        cost = backend.tokens
-    attach_references(cfg, rows, made)
-    if backend:
-        judged = stage(run, run.out / "judgments.jsonl", rows, lambda part: make_judgments(cfg, backend, part))
-        revised = [x for row in made for x in row["adapted"].values()]
-        metrics = {f"reviser/{name}": float(np.mean([x[name] for x in revised])) for name in ("identity", "failed")}
-        metrics |= {"tokens/references": cost, "tokens/verdicts": backend.tokens - cost}  # of this call of the script
-    table, cross = data_scores(cfg, run, rows, made)
-    verdicts, more = judge_scores(rows, judged)
-    group = np.array([row["group"] for row in rows])
-    weight = resampled(group)
-    if "a" not in rows[0]:
-        quality = np.array([row["quality"] for row in rows])
-        found, draws = rating_table(table | verdicts, quality, group, weight)
-        return metrics | found | more, draws, worst_ratings(rows, table | verdicts, quality, made), rows
-    label, length = np.array([row["label"] for row in rows]), table["length/none"].reshape(-1, 2)
-    preferences = {key: np.sign(np.nan_to_num(x.reshape(-1, 2) @ [1, -1])) for key, x in table.items()
-                   if not key.endswith("/adapted")}
-    adapted, bias = protocols(cross, np.array([row["primary"] for row in rows]), cfg.pair_ref)
-    preferences |= adapted | verdicts
-    found, draws = pair_table(preferences, label, (length @ [1, -1]) * label < 0, group, weight)
-    return metrics | found | more | bias, draws, worst_pairs(rows, preferences, label, made), rows
-
-
 def run_world(cfg, run, state):
-    """Train, measure every budget, then all arms with the last: metrics, draws, examples for the report."""
+    """Train, measure every budget, then all arms with the last one: metrics, draws, rows."""
     rows, done = make_responses(cfg), state["done"]
     if not (run.out / f"model-{cfg.steps}.safetensors").exists():
         ledger(cfg, run)
@@ -1951,11 +1806,79 @@ def run_world(cfg, run, state):
     if last["p_fix"] < 0.6 or last["p_dmg"] > 0.1:
         print(f"note: the reviser mends {last['p_fix']:.0%} of the errors and breaks {last['p_dmg']:.0%} of the right "
               "slots; the claims are about one with at least 60 % and at most 10 %: raise --steps")
-    metrics, draws, shown = evaluate_world(cfg, Tiny(cfg, model), rows)
+    metrics, draws = evaluate_world(cfg, Tiny(cfg, model), rows)
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
-    metrics |= {f"scripted {p_fix} {p_dmg}/{name}": x for p_fix, p_dmg in GRID for name, x in scripted(rows, p_fix, p_dmg).items()}
+    metrics |= {f"scripted {p_fix} {p_dmg}/{name}": x for p_fix, p_dmg in GRID
+                for name, x in scripted(rows, p_fix, p_dmg).items()}
     plot_world(run.out / "plot.png", metrics)
-    return metrics, draws, shown, rows
+    return metrics, draws, rows
+
+
+def attach_references(cfg, rows, made):
+    """Put {"none": "", kind: reference} into each row; made: its row of references.jsonl."""
+    arms, members = cfg.arms.split(","), {}
+    for i, row in enumerate(rows):
+        members.setdefault(row["group"], []).append(i)
+
+    def adapted(i):
+        return made[i]["adapted"].get(str(rows[i].get("primary", 0)), dict(text=""))["text"]
+
+    for i, row in enumerate(rows):
+        here = members[row["group"]]
+        other = here[(here.index(i) + 1) % len(here)]
+        if "b" in row or other == i:
+            others = ((i + j) % len(rows) for j in range(1, len(rows)))
+            other = next((j for j in others if rows[j]["group"] != row["group"]), i)
+        found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted(i),
+                     mismatched=adapted(other) if other != i else "")
+        row["references"] = {"none": ""} | {kind: text for kind, text in found.items() if text and kind in arms}
+
+
+def run_data(cfg, run, rows):
+    """Human judgements: references and verdicts if there is a back-end, then agreement of all scorers with people."""
+    backend = Remote(cfg, run) if cfg.endpoint else Local(cfg, run) if cfg.model else None
+    made, judged, metrics, pairs = [dict(direct="", adapted={}) for _ in rows], [], {}, "b" in rows[0]
+    if backend:
+        made = stage(run, run.out / "references.jsonl", rows, lambda part: make_references(cfg, backend, part))
+        revised, cost = [x for row in made for x in row["adapted"].values()], backend.tokens
+    attach_references(cfg, rows, made)
+    if backend:
+        judged = stage(run, run.out / "judgments.jsonl", rows, lambda part: make_judgments(cfg, backend, part))
+        metrics = {f"reviser/{name}": float(np.mean([x[name] for x in revised])) for name in ("identity", "failed")}
+        metrics |= {"tokens/references": cost, "tokens/verdicts": backend.tokens - cost}  # asked for by this call
+    answers = [dict(row=row, revised=x["adapted"], source=row["source"], response=text)
+               for row, x in zip(rows, made) for text in answers_of(row)]
+    columns = {kind: [x["row"]["references"].get(kind, "") for x in answers] for kind in cfg.arms.split(",")}
+    columns |= {str(j): [x["revised"].get(str(j), dict(text=""))["text"] for x in answers] for j in range(2 * pairs)}
+    columns = {kind: column for kind, column in columns.items() if any(column)}
+    table = measure([x["response"] for x in answers], columns, *real_metrics(cfg, run.device), cfg.kernels)
+    table |= baselines(answers)
+    verdicts, more = judge_scores(rows, judged)
+    group, truth = (np.array([row[name] for row in rows]) for name in ("group", "label" if pairs else "quality"))
+    if pairs:
+        index, primary = np.arange(len(answers)).reshape(-1, 2), np.array([row["primary"] for row in rows])
+        found, draws, scores = pair_table(cfg, table, index, truth, group, primary, verdicts)
+    else:
+        scores = table | verdicts
+        found, draws = rating_table(scores, truth, group)
+    if cfg.report:
+        write_report(cfg.report, cfg, metrics | found | more, worst_of(rows, made, scores, truth))
+    return metrics | found | more, draws, rows
+
+
+def print_table(metrics):
+    """A row for each scorer, a column for each reference; then what has other columns."""
+    rows = {}
+    for key, x in metrics.items():
+        name, column = key.split("/")
+        rows.setdefault(name, {})[column] = x
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    print(f"{'':26}" + "".join(f"{c:>11}" for c in columns))
+    for name, row in rows.items():
+        if set(row) & set(columns):
+            print(f"{name:26}" + "".join(f"{row[c]:11.3f}" if c in row else " " * 11 for c in columns))
+        else:
+            print(f"{name}: " + " | ".join(f"{column} {x:.3f}" for column, x in row.items()))
 
 
 def main(argv=None):
@@ -1975,14 +1898,11 @@ def main(argv=None):
     run.began = time.perf_counter() - state["seconds"]
     if not (run.out / "state.pt").exists():
         save_state(run, **state)  # from here on the directory belongs to these flags
-    metrics, draws, shown, rows = run_data(cfg, run, rows) if cfg.task == "data" else run_world(cfg, run, state)
+    metrics, draws, rows = run_data(cfg, run, rows) if cfg.task == "data" else run_world(cfg, run, state)
     print_table(metrics)
-    if cfg.report:
-        write_report(cfg.report, cfg, metrics, shown)
-    for name, x in (("references", shown) if cfg.task == "world" else ()):
-        pass
     digest = hashlib.sha256(json.dumps([[row["source"], *answers_of(row)] for row in rows]).encode()).hexdigest()
-    record = dict(tried=TRIED, metrics=metrics, data_sha256=digest, minutes=(time.perf_counter() - run.began) / 60)
+    record = dict(tried=TRIED if cfg.task == "world" else {}, metrics=metrics, data_sha256=digest)
+    record |= dict(minutes=(time.perf_counter() - run.began) / 60)
     return report(cfg, run, "reviseval", argv, statistics(draws) if cfg.task == "world" else {}, CLAIMS, **record)
 
 
