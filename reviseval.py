@@ -4,9 +4,48 @@
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""DOCSTRING
-Copy out: tau_b, bleu, rouge, greedy_f1, resampled
-arXiv Differences
+"""reviseval.py: RevisEval: Improving LLM-as-a-Judge via Response-Adapted References
+Zhang, Wang, Yu, Jiang, Wu, Li, Wang, Jiang, Shang, Tang, Lyu, Ma, ICLR 2025, arXiv 2410.05193
+
+A fixed reference says the right thing in other words, so that metrics measure the words. RevisEval lets a model revise
+the very response that is judged: what the revision keeps was right, and even BLEU against it measures what was wrong.
+
+  python reviseval.py                    # @@MINUTES
+  python reviseval.py --task data --data my.jsonl --endpoint https://host/v1 --model NAME --report report.html
+  python reviseval.py --task data --data sfres.json --schema unieval --encoder DIR --scorer DIR    # metrics alone
+
+Symbols (N responses, P pairs of them, G sources)
+  paper        code               shape      meaning
+  x, y         source, response              instruction or record, and an answer to it
+  r^           human              (N,)       the reference that came with x; D.R. is direct, the model's own answer
+  r* = R(x,y)  adapted            (N,)       y as the reviser leaves it
+  F_M(y, r)    measure            (N,)       metric of y against any reference: bleu, rouge1, rouge2, rougeL, edit,
+                                             bertscore (--encoder), bartscore (--scorer)
+  F_E(y|x,r)   Tiny.judge, make_judgments    the judge with a reference, or without one (column none)
+               prefer             (P,)       winner of a pair by whose revision judges it: random, own, both
+
+my.jsonl: {"id", "instruction", "source", "response", "reference", "scores": {"overall": 3}}, pairs: {"a", "b", "label": 1}
+in place of response and scores; id, reference and instruction or source may be missing. The run writes references.jsonl
+and judgments.jsonl (finished rows are never asked again), result.json and the page.
+
+Differences from the paper, of which the official code, figures and tables were at hand, not the text
+  world       records of restaurants and texts with counted errors (D2T-R) in place of annotated summaries, translations
+              and stories: quality is exact, and only factual. Length says nothing of it. Contradictions and a quarter
+              of the phrasings are new to the model.
+  model       one tiny decoder as reviser, judge with and without reference, and writer (D.R.), from equally many
+              examples of each, so that reviser and judge have the same budget. Trained apart each would have a
+              quarter of it. Its judge explains what it found and then scores: with scores alone it learned nothing.
+  judge       two readings: expected score by logits (judge), score named (verdict). Rating 1 to 5, ours.
+  pairs       metrics take the mean over the revisions of both answers: a single revision of a random answer, as in the
+              official code, makes that answer win (column random, row "primary wins"). Judges see one, in both orders.
+  verdicts    the last [[A]] or [[3]]; else none, counted as a half (official code: the first substring). Brackets in
+              texts are parted.
+  edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric is the judge.
+  control     mismatched: the revision of another response to x (for pairs: to another x).
+  bertscore   without idf and rescaling. bartscore: a causal model and "In other words", both directions.
+  left out    tuning an LLM as reviser or judge, METEOR, MOVERScore, majority vote, judging by logits outside the world.
+
+Copy out: tau_b, tau_draws with resampled, bleu, rouge, greedy_f1, prefer
 """
 
 import argparse
@@ -110,7 +149,7 @@ class Config:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
         if self.batch_size % len(ROLES):
             fail(f"--batch-size {self.batch_size}: must be a multiple of the {len(ROLES)} roles")
-        if (self.task == "data") != bool(self.data):
+        if (self.task == "data") != bool(self.data) and not self.dry_run:
             fail("--task data and --data FILE go together")
         if self.task == "world" and (self.endpoint or self.model or self.report):
             fail("--endpoint, --model and --report need --task data")
@@ -811,27 +850,16 @@ words. If the answer needs no change, give it back unchanged.{hint}
 {helper}
 Reply with the complete revised answer and nothing else."""
 HINT = " Another answer is shown as well. It is not necessarily better: take what is good in it, avoid what is bad."
-RATE = """You are an impartial judge. Rate how good the answer to the instruction is. Look at {rubric}.{compare} Explain
-in a few sentences, then give a score from 1 (very bad) to 5 (very good) in double brackets, such as [[3]].
+JUDGE = """You are an impartial judge. {task} Look at {rubric}.{compare} Explain in a few sentences, then {end}.
 
 [Instruction]
 {source}
-{reference}
-[Answer]
-{answer}"""
-CHOOSE = """You are an impartial judge. Decide which of two answers follows the instruction better. Look at {rubric};
-order, length and names of the answers must not matter.{compare} Explain in a few sentences, then end with [[A]] if answer
-A is better or with [[B]] if answer B is.
-
-[Instruction]
-{source}
-{reference}
-[Answer A]
-{a}
-
-[Answer B]
-{b}"""
-COMPARE = " First compare the answer with the reference answer."
+{reference}{answers}"""
+RATE = dict(task="Rate how good the answer to the instruction is.",
+            end="give a score from 1 (very bad) to 5 (very good) in double brackets, such as [[3]]")
+CHOOSE = dict(task="Decide which of two answers follows the instruction better; order and length must not matter.",
+              end="end with [[A]] if answer A is better or with [[B]] if answer B is")
+COMPARE = " First compare with the reference answer."
 
 
 def quoted(text):
@@ -847,10 +875,10 @@ def revise_request(rubric, source, answer, other=""):
 def judge_request(rubric, source, answers, reference=""):
     """Rate one answer, or choose between two, with a reference or without."""
     shown = f"\n[Reference answer]\n{quoted(reference)}\n" if reference else ""
-    common = dict(rubric=rubric, source=source, compare=COMPARE * bool(reference), reference=shown)
-    answers = [quoted(text) for text in answers]
-    return RATE.format(answer=answers[0], **common) if len(answers) == 1 else CHOOSE.format(
-        a=answers[0], b=answers[1], **common)
+    names = ["Answer"] if len(answers) == 1 else ["Answer A", "Answer B"]
+    texts = "".join(f"\n[{name}]\n{quoted(text)}\n" for name, text in zip(names, answers))
+    return JUDGE.format(rubric=rubric, source=source, compare=COMPARE * bool(reference), reference=shown, answers=texts,
+                        **(RATE if len(answers) == 1 else CHOOSE))
 
 
 def read_verdict(reply, options):
@@ -870,21 +898,18 @@ def clean_revision(reply):
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1] else text
 
 
-def fits(text, answer):
-    """An adapted reference must say something, and not more than three times what the answer says."""
-    return 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
-
-
 def revise_all(backend, cfg, jobs, key=()):
-    """r* of jobs (source, answer, other answer): asked for up to three times; then the answer itself stands in, and
-    "failed" says so. Neither scores nor labels nor human references are shown to the reviser."""
+    """r* of jobs (source, answer, other answer): asked for up to three times if a reply is empty or more than three
+    times as long as the answer; then the answer itself stands in, and "failed" says so. Neither scores nor labels nor
+    human references are shown to the reviser."""
     found, todo = {}, list(range(len(jobs)))
     for attempt in range(3):
         requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
         for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
             text, answer = clean_revision(reply), jobs[i][1]
-            found[i] = dict(text=text, failed=False, identity=text.split() == answer.split())
-            found[i] = found[i] if fits(text, answer) else dict(text=answer, failed=True, identity=True)
+            failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
+            text = answer if failed else text
+            found[i] = dict(text=text, failed=failed, identity=text.split() == answer.split())
         todo = [i for i in todo if found[i]["failed"]]
         if not todo:
             break
@@ -1126,20 +1151,25 @@ def evaluate_world(cfg, tiny, rows):
     return metrics, draws | more
 
 
-def measure_budget(cfg, tiny, rows):
+def taus(rows, texts):
+    """tau of each metric of the responses against texts."""
+    scores = measure([row["response"] for row in rows], dict(texts=texts))
+    return {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
+
+
+def measure_budget(tiny, rows):
     """What the model is worth at one budget: as a reviser, with metrics against its revisions, and as a judge."""
-    texts, sources, revisions = [row["response"] for row in rows], [row["source"] for row in rows], tiny.revise(rows)
-    scores = measure(texts, dict(adapted=revisions)) | {"judge/": tiny.judge(sources, [""] * len(rows), texts)[0]}
-    taus = {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
-    return {key: float(x) for key, x in (competence(rows, revisions) | taus).items()}
+    revisions, texts = tiny.revise(rows), [row["response"] for row in rows]
+    _, verdict = tiny.judge([row["source"] for row in rows], [""] * len(rows), texts)
+    found = competence(rows, revisions) | taus(rows, revisions)
+    found["verdict"] = tau_b(np.nan_to_num(verdict), [row["quality"] for row in rows])
+    return {key: float(x) for key, x in found.items()}
 
 
 def scripted(rows, p_fix, p_dmg):
-    """tau of metrics where a reviser of known competence makes the references: where is the break-even line?"""
+    """tau where a reviser of known competence makes the references: where is the break-even line?"""
     rng = random_of("scripted", p_fix, p_dmg)
-    texts = [say(repair(row["record"], row["clauses"], rng, p_fix, p_dmg)) for row in rows]
-    scores = measure([row["response"] for row in rows], dict(adapted=texts))
-    return {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
+    return taus(rows, [say(repair(row["record"], row["clauses"], rng, p_fix, p_dmg)) for row in rows])
 
 
 def judge_scores(rows, judged):
@@ -1166,11 +1196,11 @@ GRID = (1.0, 0.0), (0.8, 0.0), (0.6, 0.0), (0.4, 0.0), (0.2, 0.0), (0.8, 0.1), (
 # longer. Intervals: 1000 draws of records, for one trained model.
 CLAIMS = [(f"{name}-adapted-beats-{kind}", f"{name}/adapted - {name}/{kind}", 0.0, f"{kind} ones are as good (C1)")
           for kind in ("human", "direct") for name in ("bleu", "rougeL", "bertscore", "bartscore")] + [
-    ("metric-beats-judge", "bleu/adapted - judge/none", 0.0, "the judge is better than reviser and BLEU (C2)"),
-    ("adapted-helps-judge", "judge/adapted - judge/none", 0.0, "the judge gains nothing from r* (C3)"),
+    ("metric-beats-judge", "bleu/adapted - verdict/none", 0.0, "the judge is better than reviser and BLEU (C2)"),
+    ("adapted-helps-judge", "verdict/adapted - verdict/none", 0.0, "the judge gains nothing from r* (C3)"),
     ("adapted-resists-length", "bleu longer/adapted - bleu longer/human", 0.0, "long bad answers win as often (C4)"),
     ("mismatched-loses-bleu", "bleu/adapted + bleu/human - 2 * bleu/mismatched", 0.0, "half of the gain is kept (C5)"),
-    ("mismatched-loses-judge", "judge/adapted - judge/mismatched", 0.0, "any revision helps the judge as much (C5)"),
+    ("mismatched-loses-judge", "verdict/adapted - verdict/mismatched", 0.0, "any revision helps as much (C5)"),
     ("bleu-beats-edit", "bleu/adapted - edit/adapted", 0.0, "counting the reviser's edits does as well (tautology)"),
     ("both-beats-random", "bleu pairs/both - bleu pairs/random", 0.0, "one revision is no anchor (ours)"),
 ]
@@ -1710,9 +1740,9 @@ def plot_world(path, metrics):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key)]
-    for name in ("bleu", "rougeL", "edit", "judge"):
+    for name in ("bleu", "rougeL", "edit", "verdict"):
         left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".",
-                  label="judge without reference" if name == "judge" else f"{name} with r*")
+                  label="judge without reference" if name == "verdict" else f"{name} with r*")
     if "bleu/human" in metrics:
         left.axhline(metrics["bleu/human"], color="gray", linestyle=":", label="bleu with human reference")
     left.set(xlabel="optimizer steps of the tiny model", ylabel="Kendall's tau-b with quality")
@@ -1799,7 +1829,7 @@ def run_world(cfg, run, state):
         model = Decoder(tiny_shape(cfg)).to(run.device)
         model.load_state_dict(load_file(run.out / f"model-{step}.safetensors"))
         if str(step) not in done:
-            done[str(step)] = measure_budget(cfg, Tiny(cfg, model), rows)
+            done[str(step)] = measure_budget(Tiny(cfg, model), rows)
             save_state(run, step=cfg.steps, done=done, seconds=time.perf_counter() - run.began)
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
     last = done[str(cfg.steps)]
