@@ -24,9 +24,9 @@ Symbols (N responses, P pairs of them, G sources)
   F_E(y|x,r)   Tiny.judge, make_judgments    the judge with a reference, or without one (column none)
                prefer             (P,)       winner of a pair by whose revision judges it: random, own, both
 
-my.jsonl: {"id", "instruction", "source", "response", "reference", "scores": {"overall": 3}}, pairs: {"a", "b", "label": 1}
-in place of response and scores; id, reference and instruction or source may be missing. The run writes references.jsonl
-and judgments.jsonl (finished rows are never asked again), result.json and the page.
+my.jsonl has rows {"id", "instruction", "source", "response", "reference", "scores": {"overall": 3}}; pairs have "a",
+"b", "label": 1 in place of response and scores. id, reference and one of instruction and source may be missing. The run
+writes references.jsonl and judgments.jsonl (finished rows are not asked again), result.json and the page.
 
 Differences from the paper, of which the official code, figures and tables were at hand, not the text
   world       records of restaurants and texts with counted errors (D2T-R) in place of annotated summaries, translations
@@ -175,25 +175,23 @@ TRIED = {"adapted": 2, "judge": 2}  # settings looked at on dev records: lengths
 
 
 # ---------------------------------------------------------------- 2. Data
-# World D2T-R: a record of a restaurant, and texts of one clause for each slot. A clause is a subject and a predicate.
+# World D2T-R: a record of a restaurant, and texts of one clause for each slot: a verb, the value, and a noun or adverb.
+# No two verbs and no two last words are alike: a tiny model that copies a text can tell where in it it is.
 NAMES = "adler bella carmen dorado ember fiesta giraffe harvest iris jade kiosk lotus"
-OPENINGS = "{} is a restaurant", "try {}", "there is {}", "we recommend {}"
-SUBJECTS = "it", "this place", "the spot", "the house"
-WORLD = {  # slot: values; predicates, whose verbs are all different: the tiny model can tell where it is
-    "food": ("thai italian french indian greek mexican korean spanish",
-             ("serves {} food", "cooks {} dishes", "offers {} cuisine", "brings {} plates")),
-    "area": ("riverside downtown harbour uptown oldtown parkside",
-             ("lies in {}", "sits in {}", "stands in {}", "opened in {}")),
-    "price": ("cheap moderate costly luxury",
-              ("has {} prices", "takes {} fees", "asks {} sums", "keeps to {} bills")),
-    "rating": ("poor fair good great superb",
-               ("gets {} reviews", "earns {} marks", "leaves a {} impression", "shows {} quality")),
-    "guests": ("families couples students groups", ("welcomes {}", "suits {}", "hosts {}", "attracts {}")),
-    "near": (NAMES, ("neighbours {}", "faces {}", "adjoins {}", "borders on {}")),
+OPENINGS = "{} is a restaurant", "{} is a bistro", "{} is a diner", "{} is a tavern"
+WORLD = {  # slot: values, verbs, last words
+    "food": ("thai italian french indian greek mexican korean spanish", "serves cooks offers prepares",
+             "food dishes cuisine plates"),
+    "area": ("riverside downtown harbour uptown oldtown parkside", "occupies decorates overlooks enlivens",
+             "corner square street quarter"),
+    "price": ("cheap moderate costly luxury", "has keeps takes asks", "prices fees bills sums"),
+    "rating": ("poor fair good great superb", "gets earns wins collects", "reviews marks notes comments"),
+    "guests": ("families couples students groups", "welcomes suits hosts attracts", "always daily mostly gladly"),
+    "near": (NAMES, "neighbours faces adjoins borders", "nearby directly closely outright"),
 }
-VALUES = {slot: values.split() for slot, (values, _) in WORLD.items()} | {"name": NAMES.split()}
+VALUES = {slot: values.split() for slot, (values, *_) in WORLD.items()} | {"name": NAMES.split()}
 SLOT_OF = {value: slot for slot, values in VALUES.items() for value in values}  # of a proper name: name
-WAYS = list(itertools.product(range(4), range(4)))  # subject and predicate; a quarter is for held-out texts only
+WAYS = list(itertools.product(range(4), range(4)))  # verb and last word; a quarter is for held-out texts only
 KNOWN_WAYS = [(i, j) for i, j in WAYS if (i + j) % 4 != 3]
 COUNTS = 0, 0, 1, 1, 2, 3  # errors that a response gets, drawn uniformly
 SYSTEMS = 4  # responses to a record
@@ -223,7 +221,7 @@ def make_record(rng, part):
 
 
 def clause(slot, value, rng, ways):
-    """(slot, value, subject, predicate, joined by "and"?)"""
+    """(slot, value, verb, last word, joined by "and"?)"""
     return slot, value, *rng.choice(ways), rng.random() < 0.3
 
 
@@ -236,7 +234,7 @@ def tell(record, rng, ways=KNOWN_WAYS):
 def say(clauses):
     """Clauses as text."""
     (_, name, _, opening, _), *rest = clauses
-    parts = [f"{'and' if joined else '.'} {SUBJECTS[i]} {WORLD[slot][1][j].format(value)}"
+    parts = [f"{'and' if joined else ','} {WORLD[slot][1].split()[i]} {value} {WORLD[slot][2].split()[j]}"
              for slot, value, i, j, joined in rest]
     return " ".join([OPENINGS[opening].format(name), *parts, "."])
 
@@ -322,10 +320,9 @@ class Words:
     """The tiny model's tokenizer: a word is a token; the roles, the bar and the arrow are control tokens."""
 
     def __init__(self):
-        told = [*SUBJECTS, *OPENINGS, *(text for _, texts in WORLD.values() for text in texts)]
-        words = [word for text in told for word in text.split() if word != "{}"]
-        control = ["<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345", *FINDINGS, ".", "and"]
-        self.words = list(dict.fromkeys([*control, *VALUES, *SLOT_OF, *words]))
+        told = " ".join([*OPENINGS, *(text for _, *texts in WORLD.values() for text in texts)]).replace("{}", "")
+        control = ["<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345,.", *FINDINGS, "and"]
+        self.words = list(dict.fromkeys([*control, *VALUES, *SLOT_OF, *told.split()]))
         self.index = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text):
@@ -947,15 +944,13 @@ class Remote:
 
     def __init__(self, cfg, run):
         (run.out / "replies").mkdir(exist_ok=True)
-        self.cfg, self.chat = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies")
+        self.cfg, self.chat, self.tokens = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies"), 0
 
     def ask(self, contents, temperature, key, index=0):
         common = dict(max_tokens=self.cfg.max_new, temperature=temperature)
-        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents])
-
-    @property
-    def tokens(self):
-        return self.chat.tokens
+        jobs = [(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents]
+        texts, self.tokens = self.chat.ask(jobs), self.chat.tokens
+        return texts
 
 
 def make_references(cfg, backend, rows):
@@ -1635,35 +1630,31 @@ def stopped(run):
     raise SystemExit(130)
 
 
-def read_stage(path):
-    """{id: row} of a JSONL file that a kill may have cut: what follows the last whole line is taken off."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    try:
-        return {row["id"]: row for row in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
-
-
 def stage(run, path, todo, make, size=16):
-    """Rows of a JSONL file for the items `todo`; make(part) gives those of `size` items, and they are appended at once.
-    What is there is not made again; a part is always made whole, as its random numbers need."""
-    rows, log = read_stage(path), Log(run, path.stem, len(todo))
-    for i in range(0, len(todo), size):
-        part = todo[i : i + size]
-        if any(x["id"] not in rows for x in part):
-            new = [row for row in make(part) if row["id"] not in rows]
-            with open(path, "ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            rows |= {row["id"]: row for row in new}
-        log(min(i + size, len(todo)))
-        if should_stop(run):
-            stopped(run)
-    return [rows[x["id"]] for x in todo]
+    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of `size` items, and they are
+    appended at once. What a former run has written is not made again, but for a part that a kill has cut: its random
+    numbers need it whole."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    lines = lines if len(lines) == len(todo) and lines[-1:][0].endswith(b"\n") else lines[: len(lines) // size * size]
+    try:
+        rows = [json.loads(line) for line in lines]
+        if [row["id"] for row in rows] != [x["id"] for x in todo[: len(rows)]]:
+            raise ValueError("rows of other data")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: not a file of this run: {error!r}; remove it, and it will be made again")
+    log = Log(run, path.stem, len(todo))
+    with open(path, "ab") as file:
+        file.truncate(sum(map(len, lines)))
+        while len(rows) < len(todo):
+            new = make(todo[len(rows) : len(rows) + size])
+            file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+            file.flush()
+            os.fsync(file.fileno())
+            rows += new
+            log(len(rows))
+            if should_stop(run):
+                stopped(run)
+    return rows
 
 
 def load_real(folder):
@@ -1710,7 +1701,7 @@ def ledger(cfg, run):
     for role in ROLES:
         ids, _ = (x.to(run.device) for x in batch_of(cfg, role, 0))
         seconds += min(timeit.repeat(lambda: model(ids).sum().backward(), number=1, repeat=2))
-    n, tokens = sum(p.numel() for p in model.parameters()), 65 * cfg.batch_size
+    n, tokens = sum(p.numel() for p in model.parameters()), 75 * cfg.batch_size
     print(f"{n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms = {cfg.steps * seconds / 60:.1f} minutes, "
           f"evaluation not counted | {tokens / seconds:,.0f} tokens/s, {6e-9 * n * tokens / seconds:.1f} GFLOP/s | "
           f"loss of a uniform guess: {math.log(len(tiny_words().words)):.2f}", flush=True)
@@ -1720,17 +1711,16 @@ def dry_run(cfg):
     """What a run takes, without allocating a network."""
     if cfg.task == "data":
         rows = read_data(cfg) if cfg.data else [dict(source="word " * 100, a="word " * 200, b="word " * 200)] * 1000
-        sides, refs = len(answers_of(rows[0])), len(cfg.arms.split(","))
-        words = np.mean([len(" ".join([row["source"], *answers_of(row)]).split()) for row in rows])
-        calls = len(rows) * (1 + sides + sides * (1 + refs))
+        sides, words = len(answers_of(rows[0])), np.mean([len(str(row).split()) for row in rows])
+        calls = len(rows) * (1 + sides + sides * (2 + cfg.arms.count(",")))
         return print(f"{len(rows)} rows: up to {calls} calls, {len(rows) * (1 + sides)} of them for references, "
                      f"{1.4 * calls * (1.5 * words + 150):.1e} tokens (1.4 a word, replies of 150 words)")
     with torch.device("meta"):
         n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
-    flops = 6 * n * cfg.steps * cfg.batch_size * 65
-    memory = (16 * n + cfg.batch_size // len(ROLES) * 110 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
-    print(f"{n:,} parameters, {cfg.steps * cfg.batch_size * 65:.1e} tokens, {flops:.1e} FLOPs, {memory:.2f} GiB, "
-          f"{flops / 2e10 / 3600:.2f} hours on a core (20 GFLOP/s), {flops / 2e12 / 3600:.2f} on one H100 (2 TFLOP/s)")
+    tokens = cfg.steps * cfg.batch_size * 75
+    memory = (16 * n + cfg.batch_size // len(ROLES) * 100 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
+    print(f"{n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, "
+          f"{n * tokens / 1.2e13:.2f} hours on a core (20 GFLOP/s), {n * tokens / 1.2e15:.4f} on one H100 (2 TFLOP/s)")
 
 
 def plot_world(path, metrics):
@@ -1758,6 +1748,15 @@ def plot_world(path, metrics):
     figure.savefig(path, dpi=110)
 
 
+def rows_of(metrics):
+    """Columns that are references, and {row: {column: number}} of metrics "row/column"."""
+    table = {}
+    for key, x in metrics.items():
+        name, _, column = key.rpartition("/")
+        table.setdefault(name, {})[column] = x
+    return [c for c in COLUMNS if any(c in row for row in table.values())], table
+
+
 def marked(old, new):
     """Two texts as HTML with their different words marked; all of it escaped."""
     a, b, sides = old.split(), new.split(), [[], []]
@@ -1779,13 +1778,9 @@ BIASES = {"primary wins": "The answer wins that was revised (no bias: a half)", 
 def write_report(path, cfg, metrics, worst):
     """One self-contained page: table, bars of bias, and where scorer and people disagree most, beside the adapted
     reference. Texts come from data and models: all are escaped, and the page has no script."""
-    table = {}
-    for key, x in metrics.items():
-        name, _, column = key.rpartition("/")
-        table.setdefault(name, {})[column] = f"{x:.3f}"
-    columns = [c for c in COLUMNS if any(c in row for row in table.values())]
-    lines = "".join(f"<tr><td class=t>{html.escape(name)}<td>{'<td>'.join(row.get(c, '') for c in columns)}"
-                    for name, row in table.items() if set(row) & set(columns))
+    columns, table = rows_of(metrics)
+    cells = {name: [f"{row[c]:.3f}" if c in row else "" for c in columns] for name, row in table.items()}
+    lines = "".join(f"<tr><td class=t>{html.escape(k)}<td>{'<td>'.join(row)}" for k, row in cells.items() if any(row))
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
             f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
             "Kendall's tau-b, Spearman's rho, mean tau-b within a source; for pairs accuracy, and that where the worse "
@@ -1898,13 +1893,9 @@ def run_data(cfg, run, rows):
 
 def print_table(metrics):
     """A row for each scorer, a column for each reference; then what has other columns."""
-    rows = {}
-    for key, x in metrics.items():
-        name, column = key.split("/")
-        rows.setdefault(name, {})[column] = x
-    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    columns, table = rows_of(metrics)
     print(f"{'':26}" + "".join(f"{c:>11}" for c in columns))
-    for name, row in rows.items():
+    for name, row in table.items():
         if set(row) & set(columns):
             print(f"{name:26}" + "".join(f"{row[c]:11.3f}" if c in row else " " * 11 for c in columns))
         else:
