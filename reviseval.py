@@ -32,9 +32,9 @@ Differences from the paper, of which the official code, figures and tables were 
   world       records of restaurants and texts with counted errors (D2T-R) in place of annotated summaries, translations
               and stories: quality is exact, and only factual. Length says nothing of it. Contradictions and a quarter
               of the phrasings are new to the model.
-  model       one tiny decoder as reviser, judge with and without reference, and writer (D.R.), from equally many
-              examples of each, so that reviser and judge have the same budget. Trained apart each would have a
-              quarter of it. Its judge explains what it found and then scores: with scores alone it learned nothing.
+  model       four tiny decoders, as reviser, judge with and without reference, and writer (D.R.), from equally many
+              examples: reviser and judge have the same budget. One in all roles learned each much worse. The judges
+              explain what they found and then score: with scores alone they learned next to nothing.
   judge       two readings: expected score by logits (judge), score named (verdict). Rating 1 to 5, ours.
   pairs       metrics take the mean over the revisions of both answers: a single revision of a random answer, as in the
               official code, makes that answer win (column random, row "primary wins"). Judges see one, in both orders.
@@ -103,12 +103,12 @@ class Config:
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # weights, training texts, held-out texts, random primaries
     pair_ref: str = "both"  # random|both|own: whose revision judges a pair in column adapted (official code: random)
-    # task world: the tiny model, which plays all roles
+    # task world: a tiny model for each role
     n_layer: int = 3  # its layers
     n_head: int = 4  # its attention heads
     n_embd: int = 64  # its width
-    steps: int = 1600  # optimizer steps
-    batch_size: int = 64  # examples of one of them, equally many of each role
+    steps: int = 1200  # optimizer steps of each
+    batch_size: int = 16  # examples in one of them
     lr: float = 4e-3  # learning rate, constant after 50 steps
     n_records: int = 150  # held-out records, each with SYSTEMS responses
     part: str = "test"  # dev|test: which held-out records; settings were chosen on dev, with seed 7
@@ -147,8 +147,6 @@ class Config:
             fail(f"--lr {self.lr}: must be between 0 and 1")
         if self.n_embd % (2 * self.n_head) or self.n_embd < 8:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
-        if self.batch_size % len(ROLES):
-            fail(f"--batch-size {self.batch_size}: must be a multiple of the {len(ROLES)} roles")
         if (self.task == "data") != bool(self.data) and not self.dry_run:
             fail("--task data and --data FILE go together")
         if self.task == "world" and (self.endpoint or self.model or self.report):
@@ -166,9 +164,9 @@ REFERENCES = {  # what a response is compared with
 COLUMNS = "none", *REFERENCES, "random", "own", "both"  # of the table; the last three: see prefer
 ROLES = "revise judge compare write".split()
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=1, n_head=2, n_embd=16, steps=8, batch_size=8, n_records=8, log_every=4, save_every=2),
+    "smoke": dict(n_layer=1, n_head=2, n_embd=16, steps=8, batch_size=4, n_records=8, log_every=4, save_every=2),
     "small": {},
-    "long": dict(steps=8000, n_records=600),
+    "long": dict(steps=5000, n_records=600),
     "paper": dict(task="data", max_new=1024),
 }
 TRIED = {"adapted": 2, "judge": 2}  # settings looked at on dev records: lengths of training, forms of verdicts
@@ -609,7 +607,7 @@ class Encoder(nn.Module):
 def tiny_shape(cfg):
     return read_shape(dict(model_type="llama", hidden_size=cfg.n_embd, intermediate_size=8 * cfg.n_embd // 3 // 8 * 8,
                            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
-                           vocab_size=len(tiny_words().words)))
+                           vocab_size=len(tiny_words().words), rope_theta=100))  # positions up to 100, not 10,000
 
 
 def hidden_states(model, ids):
@@ -800,37 +798,37 @@ def prefer(scores, protocol, primary):
     return np.sign(s[protocol][:, 0] - s[protocol][:, 1])  # (P,)
 
 
-# The tiny model as reviser and judge
-MOST_WORDS = 72  # that it writes
+# Tiny models as reviser and judge
+MOST_WORDS = 72  # that they write
 
 
 class Tiny:
-    """The tiny model in its roles; greedy."""
+    """A tiny model for each role, {role: model}; greedy."""
 
-    def __init__(self, cfg, model):
-        self.cfg, self.model, self.words = cfg, model.eval(), tiny_words()
+    def __init__(self, models):
+        self.models, self.words = {role: model.eval() for role, model in models.items()}, tiny_words()
 
-    def ask(self, prompts, stop=(0,)):
-        return in_batches(prompts, 640, lambda part: generate(self.model, part, MOST_WORDS, stop))
+    def ask(self, role, prompts, stop=(0,)):
+        return in_batches(prompts, 640, lambda part: generate(self.models[role], part, MOST_WORDS, stop))
 
     def revise(self, rows):
         """r* = R(x, y): the reviser sees source and response, neither the quality nor the human reference."""
         prompts = [self.words.prompt("revise", row["source"], row["response"]) for row in rows]
-        return [self.words.decode(ids) for ids in self.ask(prompts)]
+        return [self.words.decode(ids) for ids in self.ask("revise", prompts)]
 
     def write(self, rows):
         """D.R.: the model's own answers to the sources."""
         prompts = [self.words.prompt("write", row["source"]) for row in rows]
-        return [self.words.decode(ids) for ids in self.ask(prompts)]
+        return [self.words.decode(ids) for ids in self.ask("write", prompts)]
 
-    def judge(self, sources, references, texts):
-        """F_E(y | x), or F_E(y | x, r) where the reference is not "". The judge writes what it found. Then its expected
-        score (N,) by logits (G-Eval), and the score it names (N,), NaN where the explanation does not end in one."""
-        w, scores = self.words, self.words.encode("1 2 3 4 5")
-        prompts = [w.prompt("compare", x, r, y) if r else w.prompt("judge", x, y)
-                   for x, r, y in zip(sources, references, texts)]
-        told = self.ask(prompts, (0, *scores))
-        p = choice(self.model, [prompt + ids for prompt, ids in zip(prompts, told)], scores)  # (N, 5)
+    def judge(self, sources, texts, references=None):
+        """F_E(y | x), or F_E(y | x, r). The judge writes what it found. Then its expected score (N,) by logits
+        (G-Eval), and the score it names (N,), NaN where the explanation does not end in one."""
+        role, w, scores = "compare" if references else "judge", self.words, self.words.encode("1 2 3 4 5")
+        columns = (sources, references, texts) if references else (sources, texts)
+        prompts = [w.prompt(role, *parts) for parts in zip(*columns)]
+        told = self.ask(role, prompts, (0, *scores))
+        p = choice(self.models[role], [prompt + ids for prompt, ids in zip(prompts, told)], scores)  # (N, 5)
         return p @ np.arange(1, 6), np.where([len(ids) < MOST_WORDS for ids in told], p.argmax(1) + 1.0, math.nan)
 
 
@@ -1108,11 +1106,11 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
         elif not kind.isdigit() and kind != "adapted":
             preferences[key] = np.sign(np.nan_to_num(x[pair[:, 0]] - x[pair[:, 1]]))
     preferences = {key: x for key, x in (preferences | dict(more)).items() if not np.isnan(x).any()}
-    longer = (table["length/none"][pair] @ [1, -1]) * label < 0
+    longer, weight = (table["length/none"][pair] @ [1, -1]) * label < 0, resampled(group)
     for key, x in preferences.items():
         (name, kind), hits = key.split("/"), 0.5 + x * label / 2
-        draws[f"{name} pairs/{kind}"] = mean_draws(hits, group, resampled(group))
-        draws[f"{name} longer/{kind}"] = mean_draws(hits[longer], group[longer], resampled(group))
+        draws[f"{name} pairs/{kind}"] = mean_draws(hits, group, weight)
+        draws[f"{name} longer/{kind}"] = mean_draws(hits[longer], group[longer], weight)
     return metrics | {key: float(x[0]) for key, x in draws.items()}, draws, preferences
 
 
@@ -1127,9 +1125,9 @@ def evaluate_world(cfg, tiny, rows):
     everything = columns | {str(j): [revisions[first + j] for first, _ in place] for j in range(S)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
-    table |= measure(texts, everything, *real_metrics(cfg, tiny.model.norm.weight.device), cfg.kernels)
-    for kind, column in ({"none": [""] * N} | everything).items():
-        table[f"judge/{kind}"], verdict = tiny.judge(sources, column, texts)
+    table |= measure(texts, everything, *real_metrics(cfg, tiny.models["judge"].norm.weight.device), cfg.kernels)
+    for kind, column in ({"none": None} | everything).items():
+        table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
         table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
     metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
     pair = np.array([(i, j) for i in range(N) for j in range(i + 1, i // S * S + S) if quality[i] != quality[j]])
@@ -1153,9 +1151,9 @@ def taus(rows, texts):
 
 
 def measure_budget(tiny, rows):
-    """What the model is worth at one budget: as a reviser, with metrics against its revisions, and as a judge."""
+    """What reviser and judge are worth at one budget: competence, metrics against revisions, verdicts without any."""
     revisions, texts = tiny.revise(rows), [row["response"] for row in rows]
-    _, verdict = tiny.judge([row["source"] for row in rows], [""] * len(rows), texts)
+    _, verdict = tiny.judge([row["source"] for row in rows], texts)
     found = competence(rows, revisions) | taus(rows, revisions)
     found["verdict"] = tau_b(np.nan_to_num(verdict), [row["quality"] for row in rows])
     return {key: float(x) for key, x in found.items()}
@@ -1249,36 +1247,33 @@ def budgets(cfg):
 def batch_of(cfg, role, step):
     """ids (B, L) of one role's examples and what of them is an answer (B, L), drawn from (seed, role, step) alone."""
     rng = random_of("train", cfg.seed, role, step)
-    rows = [example(role, rng) for _ in range(cfg.batch_size // len(ROLES))]
+    rows = [example(role, rng) for _ in range(cfg.batch_size)]
     ids = pad_right([prompt + answer for prompt, answer in rows], "cpu")
     place, (begin, end) = torch.arange(ids.shape[1]), torch.tensor([[len(p), len(p) + len(a)] for p, a in rows]).T
     return ids, (place >= begin[:, None]) & (place < end[:, None])
 
 
-def train(cfg, run, state):
-    """Train the tiny model in all roles at once; its weights, averaged over the last tenth of the way, are kept after
-    each budget."""
-    torch.manual_seed(random_of("weights", cfg.seed).getrandbits(60))
+def train(cfg, run, role, state):
+    """Train the tiny model of one role. Its weights, averaged over the last tenth of the way, are kept after each
+    budget: not averaged they are worth very different amounts from step to step."""
+    torch.manual_seed(random_of("weights", cfg.seed, role).getrandbits(60))
     model, step = Decoder(tiny_shape(cfg)).to(run.device), 0
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, (0.9, 0.98), weight_decay=0.01, fused=True)
-    if "model" in state:
+    if state.get("job") == role:
         step = state["step"]
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-    log, began, first = Log(run, "train", cfg.steps, step), time.perf_counter(), step
+    log, began, first = Log(run, role, cfg.steps, step), time.perf_counter(), step
     while step < cfg.steps:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min(1.0, (step + 1) / 50)
-        losses = {}
-        for role in ROLES:  # apart, for their lengths differ
-            ids, answer = (x.to(run.device) for x in batch_of(cfg, role, step))
-            loss = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none") * answer[:, 1:]  # (B, L - 1)
-            loss = (loss.sum(1) / answer.sum(1)).mean()  # an example counts as much in one word as in thirty
-            (loss / len(ROLES)).backward()
-            losses[role] = loss.detach()
+        ids, answer = (x.to(run.device) for x in batch_of(cfg, role, step))
+        loss = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none") * answer[:, 1:]  # (B, L - 1)
+        loss = (loss.sum(1) / answer.sum(1)).mean()
+        loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -1286,14 +1281,13 @@ def train(cfg, run, state):
         torch._foreach_lerp_([*average.parameters()], [*model.parameters()], min(1.0, 10 / step))
         if step % cfg.log_every == 0 or step == cfg.steps:
             rate = (step - first) / (time.perf_counter() - began)
-            log(step, gnorm=norm.item(), steps_per_s=rate, eta_min=(cfg.steps - step) / rate / 60,
-                **{role: loss.item() for role, loss in losses.items()})
+            log(step, loss=loss.item(), gnorm=norm.item(), per_s=rate * cfg.batch_size)
         if step in budgets(cfg):
-            replace_file(run.out / f"model-{step}.safetensors", export(average))
+            replace_file(run.out / f"{role}-{step}.safetensors", export(average))
         stop = should_stop(run)
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
-            save_state(run, step=step, model=model.state_dict(), average=average.state_dict(),
-                       optimizer=optimizer.state_dict(), seconds=time.perf_counter() - run.began)
+            save_state(run, job=role, step=step, model=model.state_dict(), average=average.state_dict(),
+                       optimizer=optimizer.state_dict(), done={}, seconds=time.perf_counter() - run.began)
         if stop:
             stopped(run)
 
@@ -1697,14 +1691,15 @@ def real_metrics(cfg, device):
 
 def ledger(cfg, run):
     """Say before training what it takes, and what the first loss should be."""
-    model, seconds = Decoder(tiny_shape(cfg)).to(run.device), 0.0
+    model, seconds, tokens = Decoder(tiny_shape(cfg)).to(run.device), 0.0, 0
     for role in ROLES:
         ids, _ = (x.to(run.device) for x in batch_of(cfg, role, 0))
-        seconds += min(timeit.repeat(lambda: model(ids).sum().backward(), number=1, repeat=2))
-    n, tokens = sum(p.numel() for p in model.parameters()), 75 * cfg.batch_size
-    print(f"{n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms = {cfg.steps * seconds / 60:.1f} minutes, "
-          f"evaluation not counted | {tokens / seconds:,.0f} tokens/s, {6e-9 * n * tokens / seconds:.1f} GFLOP/s | "
-          f"loss of a uniform guess: {math.log(len(tiny_words().words)):.2f}", flush=True)
+        seconds += min(timeit.repeat(lambda: model(ids).sum().backward(), number=1, repeat=3))
+        tokens += ids.numel()
+    n = sum(p.numel() for p in model.parameters())
+    print(f"{len(ROLES)} x {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms = "
+          f"{cfg.steps * seconds / 60:.1f} minutes, evaluation not counted | {tokens / seconds:,.0f} tokens/s, "
+          f"{6e-9 * n * tokens / seconds:.1f} GFLOP/s | a guess: loss {math.log(len(tiny_words().words)):.2f}", flush=True)
 
 
 def dry_run(cfg):
@@ -1717,9 +1712,9 @@ def dry_run(cfg):
                      f"{1.4 * calls * (1.5 * words + 150):.1e} tokens (1.4 a word, replies of 150 words)")
     with torch.device("meta"):
         n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
-    tokens = cfg.steps * cfg.batch_size * 75
-    memory = (16 * n + cfg.batch_size // len(ROLES) * 100 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
-    print(f"{n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, "
+    tokens = len(ROLES) * cfg.steps * cfg.batch_size * 60
+    memory = (16 * n + cfg.batch_size * 80 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
+    print(f"{len(ROLES)} x {n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, "
           f"{n * tokens / 1.2e13:.2f} hours on a core (20 GFLOP/s), {n * tokens / 1.2e15:.4f} on one H100 (2 TFLOP/s)")
 
 
@@ -1817,21 +1812,24 @@ def worst_of(rows, made, scores, truth, count=20):
 def run_world(cfg, run, state):
     """Train, measure every budget, then all arms with the last one: metrics, draws, rows."""
     rows, done = make_responses(cfg), state["done"]
-    if not (run.out / f"model-{cfg.steps}.safetensors").exists():
+    if not (run.out / f"{ROLES[0]}-{cfg.steps}.safetensors").exists():
         ledger(cfg, run)
-        train(cfg, run, state)
+    for role in ROLES:
+        if not (run.out / f"{role}-{cfg.steps}.safetensors").exists():
+            train(cfg, run, role, state)
     for step in budgets(cfg):
-        model = Decoder(tiny_shape(cfg)).to(run.device)
-        model.load_state_dict(load_file(run.out / f"model-{step}.safetensors"))
+        models = {role: Decoder(tiny_shape(cfg)).to(run.device) for role in ROLES}
+        for role, model in models.items():
+            model.load_state_dict(load_file(run.out / f"{role}-{step}.safetensors"))
         if str(step) not in done:
-            done[str(step)] = measure_budget(Tiny(cfg, model), rows)
-            save_state(run, step=cfg.steps, done=done, seconds=time.perf_counter() - run.began)
+            done[str(step)] = measure_budget(Tiny(models), rows)
+            save_state(run, done=done, seconds=time.perf_counter() - run.began)
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
     last = done[str(cfg.steps)]
     if last["p_fix"] < 0.6 or last["p_dmg"] > 0.1:
         print(f"note: the reviser mends {last['p_fix']:.0%} of the errors and breaks {last['p_dmg']:.0%} of the right "
               "slots; the claims are about one with at least 60 % and at most 10 %: raise --steps")
-    metrics, draws = evaluate_world(cfg, Tiny(cfg, model), rows)
+    metrics, draws = evaluate_world(cfg, Tiny(models), rows)
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
     metrics |= {f"scripted {p_fix} {p_dmg}/{name}": x for p_fix, p_dmg in GRID
                 for name, x in scripted(rows, p_fix, p_dmg).items()}
