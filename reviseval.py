@@ -1743,12 +1743,13 @@ def plot_world(path, metrics):
     figure.savefig(path, dpi=110)
 
 
-def rows_of(metrics):
-    """Columns that are references, and {row: {column: number}} of metrics "row/column"."""
+def rows_of(metrics, draws):
+    """Columns that are references, and {row: {column: text}} of metrics "row/column", half their interval behind ±."""
     table = {}
     for key, x in metrics.items():
         name, _, column = key.rpartition("/")
-        table.setdefault(name, {})[column] = x
+        low, high = interval(draws[key])[1] if key in draws and math.isfinite(x) else (x, x)
+        table.setdefault(name, {})[column] = f"{x:.3f}" + (f" ±{(high - low) / 2:.3f}" if high > low else "")
     return [c for c in COLUMNS if any(c in row for row in table.values())], table
 
 
@@ -1770,11 +1771,11 @@ BIASES = {"primary wins": "The answer wins that was revised (no bias: a half)", 
           "consistent": "Same winner in both orders", "first": "The answer in the first place wins (no bias: a half)"}
 
 
-def write_report(path, cfg, metrics, worst):
+def write_report(path, cfg, metrics, draws, worst):
     """One self-contained page: table, bars of bias, and where scorer and people disagree most, beside the adapted
     reference. Texts come from data and models: all are escaped, and the page has no script."""
-    columns, table = rows_of(metrics)
-    cells = {name: [f"{row[c]:.3f}" if c in row else "" for c in columns] for name, row in table.items()}
+    columns, table = rows_of(metrics, draws)
+    cells = {name: [row.get(c, "") for c in columns] for name, row in table.items()}
     lines = "".join(f"<tr><td class=t>{html.escape(k)}<td>{'<td>'.join(row)}" for k, row in cells.items() if any(row))
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
             f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
@@ -1885,19 +1886,24 @@ def run_data(cfg, run, rows):
         scores = table | verdicts
         found, draws = rating_table(scores, truth, group)
     if cfg.report:
-        write_report(cfg.report, cfg, metrics | found | more, worst_of(rows, made, scores, truth))
+        write_report(cfg.report, cfg, metrics | found | more, draws, worst_of(rows, made, scores, truth))
     return metrics | found | more, draws, rows
 
 
-def print_table(metrics):
-    """A row for each scorer, a column for each reference; then what has other columns."""
-    columns, table = rows_of(metrics)
-    print(f"{'':26}" + "".join(f"{c:>11}" for c in columns))
+def print_table(metrics, draws):
+    """A row for each scorer, a column for each reference; what has other columns; what the adapted reference gains."""
+    columns, table = rows_of(metrics, draws)
+    print(f"{'':26}" + "".join(f"{c:>14}" for c in columns))
     for name, row in table.items():
         if set(row) & set(columns):
-            print(f"{name:26}" + "".join(f"{row[c]:11.3f}" if c in row else " " * 11 for c in columns))
+            print(f"{name:26}" + "".join(f"{row.get(c, ''):>14}" for c in columns))
         else:
-            print(f"{name}: " + " | ".join(f"{column} {x:.3f}" for column, x in row.items()))
+            print(f"{name}: " + " | ".join(f"{column} {text}" for column, text in row.items()))
+    for name, other in itertools.product(table, ("none", "human", "direct")):
+        a, b = draws.get(f"{name}/adapted"), draws.get(f"{name}/{other}")
+        if a is not None and b is not None and np.isfinite(a[0] - b[0]):
+            x, (low, high) = interval(a - b)
+            print(f"paired: {name}, adapted - {other}: {x:.3f} [{low:.3f}, {high:.3f}]")
 
 
 def main(argv=None):
@@ -1918,7 +1924,7 @@ def main(argv=None):
     if not (run.out / "state.pt").exists():
         save_state(run, **state)  # from here on the directory belongs to these flags
     metrics, draws, rows = run_data(cfg, run, rows) if cfg.task == "data" else run_world(cfg, run, state)
-    print_table(metrics)
+    print_table(metrics, draws)
     digest = hashlib.sha256(json.dumps([[row["source"], *answers_of(row)] for row in rows]).encode()).hexdigest()
     record = dict(tried=TRIED if cfg.task == "world" else {}, metrics=metrics, data_sha256=digest)
     record |= dict(minutes=(time.perf_counter() - run.began) / 60)
