@@ -812,14 +812,14 @@ class Tiny:
         return in_batches(prompts, 640, lambda part: generate(self.models[role], part, MOST_WORDS, stop))
 
     def revise(self, rows):
-        """r* = R(x, y): the reviser sees source and response, neither the quality nor the human reference."""
+        """r* = R(x, y), y itself where it is empty. The reviser sees neither the quality nor the human reference."""
         prompts = [self.words.prompt("revise", row["source"], row["response"]) for row in rows]
-        return [self.words.decode(ids) for ids in self.ask("revise", prompts)]
+        return [self.words.decode(ids) or row["response"] for row, ids in zip(rows, self.ask("revise", prompts))]
 
     def write(self, rows):
         """D.R.: the model's own answers to the sources."""
         prompts = [self.words.prompt("write", row["source"]) for row in rows]
-        return [self.words.decode(ids) for ids in self.ask("write", prompts)]
+        return [self.words.decode(ids) or "." for ids in self.ask("write", prompts)]
 
     def judge(self, sources, texts, references=None):
         """F_E(y | x), or F_E(y | x, r). The judge writes what it found. Then its expected score (N,) by logits
