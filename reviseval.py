@@ -14,15 +14,14 @@ the very response that is judged: what the revision keeps was right, and even BL
   python reviseval.py --task data --data my.jsonl --endpoint https://host/v1 --model NAME --report report.html
   python reviseval.py --task data --data sfres.json --schema unieval --encoder DIR --scorer DIR    # metrics alone
 
-Symbols (N responses, P pairs of them, G sources)
-  paper        code               shape      meaning
+Symbols (N responses, P pairs of them)
+  paper        code                          meaning
   x, y         source, response              instruction or record, and an answer to it
-  r^           human              (N,)       the reference that came with x; D.R. is direct, the model's own answer
-  r* = R(x,y)  adapted            (N,)       y as the reviser leaves it
-  F_M(y, r)    measure            (N,)       metric of y against any reference: bleu, rouge1, rouge2, rougeL, edit,
-                                             bertscore (--encoder), bartscore (--scorer)
+  r^, D.R.     human, direct                 the reference that came with x; the model's own answer
+  r* = R(x,y)  adapted                       y as the reviser leaves it
+  F_M(y, r)    measure                       metrics (N,) of y against any reference
   F_E(y|x,r)   Tiny.judge, make_judgments    the judge with a reference, or without one (column none)
-               prefer             (P,)       winner of a pair by whose revision judges it: random, own, both
+               prefer                        winners (P,) of pairs by whose revision judges them: random, own, both
 
 my.jsonl has rows {"id", "instruction", "source", "response", "reference", "scores": {"overall": 3}}; pairs have "a",
 "b", "label": 1 in place of response and scores. id, reference and one of instruction and source may be missing. The run
@@ -30,19 +29,17 @@ writes references.jsonl and judgments.jsonl (finished rows are not asked again),
 
 Differences from the paper, of which the official code, figures and tables were at hand, not the text
   world       records of restaurants and texts with counted errors (D2T-R) in place of annotated summaries, translations
-              and stories: quality is exact, and only factual. Length says nothing of it. Contradictions and a quarter
-              of the phrasings are new to the model.
+              and stories: quality is exact, and only factual; length says nothing of it. Contradictions and a quarter
+              of the phrasings are new to the models.
   model       four tiny decoders, as reviser, judge with and without reference, and writer (D.R.), from equally many
-              examples: reviser and judge have the same budget. One in all roles learned each much worse. The judges
-              explain what they found and then score: with scores alone they learned next to nothing.
-  judge       two readings: expected score by logits (judge), score named (verdict). Rating 1 to 5, ours.
+              examples. The judges explain what they found and then score: with scores alone they learned little. Two
+              readings: expected score by logits (judge), score named (verdict). Scores are 1 to 5, ours.
   pairs       metrics take the mean over the revisions of both answers: a single revision of a random answer, as in the
               official code, makes that answer win (column random, row "primary wins"). Judges see one, in both orders.
-  verdicts    the last [[A]] or [[3]]; else none, counted as a half (official code: the first substring). Brackets in
-              texts are parted.
-  edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric is the judge.
+  verdicts    the last [[A]] or [[3]]; else none, counted as a half (official code: the first substring).
+  edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
   control     mismatched: the revision of another response to x (for pairs: to another x).
-  bertscore   without idf and rescaling. bartscore: a causal model and "In other words", both directions.
+  metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
   left out    tuning an LLM as reviser or judge, METEOR, MOVERScore, majority vote, judging by logits outside the world.
 
 Copy out: tau_b, tau_draws with resampled, bleu, rouge, greedy_f1, prefer
@@ -260,8 +257,8 @@ def add_errors(record, clauses, count, mix, rng, ways=KNOWN_WAYS):
 
 
 def repair(record, clauses, rng=None, p_fix=1.0, p_dmg=0.0):
-    """Clauses as a reviser leaves them who mends each error with p_fix, breaks each right clause with p_dmg, and keeps
-    the style. p_fix 1 and p_dmg 0, the gold revision, draws nothing at random."""
+    """Clauses as a reviser leaves them who mends errors with p_fix, breaks right clauses with p_dmg and keeps the style.
+    p_fix 1 and p_dmg 0, the gold revision, draws nothing at random."""
     made, seen = [], set()
     for slot, value, *style in clauses:
         right, mended = record.get(slot), p_fix == 1 or rng.random() < p_fix
@@ -296,10 +293,6 @@ def slot_errors(record, text):
     return errors
 
 
-def source_of(record):
-    return " ".join(f"{slot} {value}" for slot, value in record.items())
-
-
 def make_responses(cfg):
     """Held-out records with SYSTEMS responses each, and a human reference: a right text in another style."""
     rows, rng = [], random_of("responses", cfg.part, cfg.seed)
@@ -309,33 +302,28 @@ def make_responses(cfg):
         for _ in range(SYSTEMS):
             clauses = add_errors(record, tell(record, rng, WAYS), rng.choice(COUNTS), TEST_MIX, rng, WAYS)
             quality = -sum(slot_errors(record, say(clauses)).values())
-            rows.append(dict(id=len(rows), group=g, record=record, source=source_of(record), clauses=clauses,
-                             response=say(clauses), human=human, quality=quality))
+            rows.append(dict(id=len(rows), group=g, record=record, source=" ".join(itertools.chain(*record.items())),
+                             clauses=clauses, response=say(clauses), human=human, quality=quality))
     return rows
 
 
-class Words:
-    """The tiny model's tokenizer: a word is a token; the roles, the bar and the arrow are control tokens."""
-
-    def __init__(self):
-        told = " ".join([*OPENINGS, *(text for _, *texts in WORLD.values() for text in texts)]).replace("{}", "")
-        control = ["<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345,.", *FINDINGS, "and"]
-        self.words = list(dict.fromkeys([*control, *VALUES, *SLOT_OF, *told.split()]))
-        self.index = {word: i for i, word in enumerate(self.words)}
-
-    def encode(self, text):
-        return [self.index[word] for word in text.split()]
-
-    def decode(self, ids):
-        return " ".join(self.words[i] for i in ids)
-
-    def prompt(self, role, *parts):
-        return self.encode(f"<{role}> {' | '.join(parts)} =>")
+# The tiny models' tokens: words; roles, the bar and the arrow are control tokens
+STYLES = " ".join([*OPENINGS, *(words for _, *both in WORLD.values() for words in both)]).replace("{}", "").split()
+CONTROL = "<eos>", "|", "=>", *(f"<{role}>" for role in ROLES), *"12345"
+TOKENS = list(dict.fromkeys([*CONTROL, ",", ".", "and", *FINDINGS, *VALUES, *SLOT_OF, *STYLES]))
+INDEX = {word: i for i, word in enumerate(TOKENS)}
 
 
-@functools.cache
-def tiny_words():
-    return Words()
+def encode(text):
+    return [INDEX[word] for word in text.split()]
+
+
+def decode(ids):
+    return " ".join(TOKENS[i] for i in ids)
+
+
+def prompt_of(role, *parts):
+    return encode(f"<{role}> {' | '.join(parts)} =>")
 
 
 # Human judgements
@@ -607,7 +595,7 @@ class Encoder(nn.Module):
 def tiny_shape(cfg):
     return read_shape(dict(model_type="llama", hidden_size=cfg.n_embd, intermediate_size=8 * cfg.n_embd // 3 // 8 * 8,
                            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
-                           vocab_size=len(tiny_words().words), rope_theta=100))  # positions up to 100, not 10,000
+                           vocab_size=len(TOKENS), rope_theta=100))  # positions up to 100, not 10,000
 
 
 def hidden_states(model, ids):
@@ -675,17 +663,11 @@ def lcs(a, b):
     return len(a) - row.bit_count()
 
 
-def f_score(hits, m, n):
-    """Harmonic mean of the shares hits / m and hits / n."""
-    return 2 * hits / (m + n) if hits else 0.0
-
-
 def rouge(text, reference):
     """ROUGE-1, -2 and -L, F1. (rouge-score, without stemming)"""
     a, b = (re.findall("[a-z0-9]+", s.lower()) for s in (text, reference))
-    overlap = [(ngrams(a, n) & ngrams(b, n)).total() for n in (1, 2)]
-    return *(f_score(hits, max(0, len(a) - n), max(0, len(b) - n)) for n, hits in enumerate(overlap)), \
-        f_score(lcs(a, b), len(a), len(b))
+    hits = [*((ngrams(a, n) & ngrams(b, n)).total() for n in (1, 2)), lcs(a, b)]
+    return tuple(2 * n / (len(a) + len(b) - 2 * (i == 1)) if n else 0.0 for i, n in enumerate(hits))
 
 
 def levenshtein(a, b):
@@ -791,9 +773,9 @@ def measure(texts, references, embed=None, bart=None, kernels=False):
 
 
 def prefer(scores, protocol, primary):
-    """Which answer of a pair a metric prefers, 1: the first, -1: the second, 0: none. scores (P, 2, 2): of answer i
-    against the revision of answer j. random: one revision, of answer primary (P,), for both (official code); own: each
-    against its own; both: means over both revisions, so that no answer is the anchor (our choice)."""
+    """Which answer of a pair wins, 1: the first, -1: the second, 0: none. scores (P, 2, 2): of answer i against the
+    revision of answer j. random: the revision of answer primary (P,) for both (official code); own: each against its
+    own; both: means over both revisions, so that no answer is the anchor (our choice)."""
     s = dict(random=scores[np.arange(len(scores)), :, primary], own=scores.diagonal(0, 1, 2), both=scores.mean(2))
     return np.sign(s[protocol][:, 0] - s[protocol][:, 1])  # (P,)
 
@@ -806,27 +788,27 @@ class Tiny:
     """A tiny model for each role, {role: model}; greedy."""
 
     def __init__(self, models):
-        self.models, self.words = {role: model.eval() for role, model in models.items()}, tiny_words()
+        self.models = {role: model.eval() for role, model in models.items()}
 
     def ask(self, role, prompts, stop=(0,)):
         return in_batches(prompts, 640, lambda part: generate(self.models[role], part, MOST_WORDS, stop))
 
     def revise(self, rows):
         """r* = R(x, y), y itself where it is empty. The reviser sees neither the quality nor the human reference."""
-        prompts = [self.words.prompt("revise", row["source"], row["response"]) for row in rows]
-        return [self.words.decode(ids) or row["response"] for row, ids in zip(rows, self.ask("revise", prompts))]
+        prompts = [prompt_of("revise", row["source"], row["response"]) for row in rows]
+        return [decode(ids) or row["response"] for row, ids in zip(rows, self.ask("revise", prompts))]
 
     def write(self, rows):
         """D.R.: the model's own answers to the sources."""
-        prompts = [self.words.prompt("write", row["source"]) for row in rows]
-        return [self.words.decode(ids) or "." for ids in self.ask("write", prompts)]
+        prompts = [prompt_of("write", row["source"]) for row in rows]
+        return [decode(ids) or "." for ids in self.ask("write", prompts)]
 
     def judge(self, sources, texts, references=None):
         """F_E(y | x), or F_E(y | x, r). The judge writes what it found. Then its expected score (N,) by logits
         (G-Eval), and the score it names (N,), NaN where the explanation does not end in one."""
-        role, w, scores = "compare" if references else "judge", self.words, self.words.encode("1 2 3 4 5")
+        role, scores = "compare" if references else "judge", encode("1 2 3 4 5")
         columns = (sources, references, texts) if references else (sources, texts)
-        prompts = [w.prompt(role, *parts) for parts in zip(*columns)]
+        prompts = [prompt_of(role, *parts) for parts in zip(*columns)]
         told = self.ask(role, prompts, (0, *scores))
         p = choice(self.models[role], [prompt + ids for prompt, ids in zip(prompts, told)], scores)  # (N, 5)
         return p @ np.arange(1, 6), np.where([len(ids) < MOST_WORDS for ids in told], p.argmax(1) + 1.0, math.nan)
@@ -858,8 +840,7 @@ COMPARE = " First compare with the reference answer."
 
 
 def quoted(text):
-    """A text inside a prompt: it cannot contain a verdict, should the judge repeat it."""
-    return text.replace("[[", "[ [")
+    return text.replace("[[", "[ [")  # no verdict, should the judge repeat it
 
 
 def revise_request(rubric, source, answer, other=""):
@@ -895,8 +876,7 @@ def clean_revision(reply):
 
 def revise_all(backend, cfg, jobs, key=()):
     """r* of jobs (source, answer, other answer): asked for up to three times if a reply is empty or more than three
-    times as long as the answer; then the answer itself stands in, and "failed" says so. Neither scores nor labels nor
-    human references are shown to the reviser."""
+    times as long as the answer; then the answer itself stands in, and "failed" says so."""
     found, todo = {}, list(range(len(jobs)))
     for attempt in range(3):
         requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
@@ -954,16 +934,12 @@ class Remote:
 def make_references(cfg, backend, rows):
     """Rows of references.jsonl: the model's own answers, and revisions {answer: ...}. The reviser of an answer of a
     pair is shown the other; with --pair-ref random only the primary answer is revised. (official code)"""
-    key, jobs, asked = ("references", rows[0]["id"]), [], []
-    for i, row in enumerate(rows):
-        texts = answers_of(row)
-        for j, text in enumerate(texts):
-            if texts[1:] == [] or cfg.pair_ref != "random" or j == row["primary"]:
-                asked.append((i, str(j)))
-                jobs.append((row["source"], text, *texts[1 - j :][: len(texts) - 1]))
-    made = [dict(id=row["id"], direct="", adapted={}) for row in rows]
-    for (i, j), found in zip(asked, revise_all(backend, cfg, jobs, key)):
-        made[i]["adapted"][j] = found
+    key, made = ("references", rows[0]["id"]), [dict(id=row["id"], direct="", adapted={}) for row in rows]
+    asked = [(row, target, j) for row, target in zip(rows, made) for j in range(len(answers_of(row)))
+             if "b" not in row or cfg.pair_ref != "random" or j == row["primary"]]
+    jobs = [(row["source"], answers_of(row)[j], row["ba"[j]] if "b" in row else "") for row, _, j in asked]
+    for (_, target, j), found in zip(asked, revise_all(backend, cfg, jobs, key)):
+        target["adapted"][str(j)] = found
     if "direct" in cfg.arms.split(","):
         replies = backend.ask([row["source"] for row in rows], TEMPERATURES["revise"], (*key, "direct"))
         for row, text in zip(made, replies):
@@ -1027,11 +1003,9 @@ def spearman(x, y):
     return float(np.corrcoef(a, b)[0, 1]) if len(set(a)) > 1 < len(set(b)) else math.nan
 
 
-DRAWS = 1000  # of the bootstrap: sources are drawn with replacement, with all their responses
-
-
-def resampled(group, draws=DRAWS):
-    """How often each source is in each draw (draws, G); the first row is the data as it is. group (n,) in 0..G-1."""
+def resampled(group, draws=1000):
+    """Bootstrap: how often each source, with all its responses, is in each draw (1 + draws, G); the first row is the
+    data as it is. group (n,) in 0..G-1."""
     G = int(max(group)) + 1
     return np.concatenate([np.ones((1, G)), np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), draws)])
 
@@ -1049,11 +1023,9 @@ def tau_draws(x, y, group, weight):
 
 
 def mean_draws(x, group, weight):
-    """Mean of x (n,) in the data and in all draws."""
-    G = weight.shape[1]
-    total, count = (np.bincount(group, v, G) for v in (np.asarray(x, float), np.ones(len(x))))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return weight @ total / (weight @ count)
+    """Mean of x (n,) in the data and in all draws (1 + draws,)."""
+    total, count = (weight @ np.bincount(group, v, weight.shape[1]) for v in (np.asarray(x, float), np.ones(len(x))))
+    return np.where(count > 0, total / np.maximum(count, 1), math.nan)
 
 
 def competence(rows, revisions):
@@ -1218,16 +1190,16 @@ def statistics(draws):
 # ---------------------------------------------------------------- 6. Training
 def example(role, rng):
     """(prompt, answer) in tokens of one role, from a training record."""
-    w, record = tiny_words(), make_record(rng, "train")
-    source, right = source_of(record), tell(record, rng)
+    record = make_record(rng, "train")
+    source, right = " ".join(itertools.chain(*record.items())), tell(record, rng)
     if role == "write":
-        return w.prompt(role, source), w.encode(say(right)) + [0]
+        return prompt_of(role, source), encode(say(right)) + [0]
     clauses = add_errors(record, right, rng.choice(COUNTS), TRAIN_MIX, rng)
     gold = say(repair(record, clauses))
     if role == "revise":
-        return w.prompt(role, source, say(clauses)), w.encode(gold) + [0]
+        return prompt_of(role, source, say(clauses)), encode(gold) + [0]
     reference = [gold if rng.random() < 0.5 else say(tell(record, rng))] * (role == "compare")
-    return w.prompt(role, source, *reference, say(clauses)), w.encode(explain(record, say(clauses))) + [0]
+    return prompt_of(role, source, *reference, say(clauses)), encode(explain(record, say(clauses))) + [0]
 
 
 def explain(record, text):
@@ -1254,8 +1226,7 @@ def batch_of(cfg, role, step):
 
 
 def train(cfg, run, role, state):
-    """Train the tiny model of one role. Its weights, averaged over the last tenth of the way, are kept after each
-    budget: not averaged they are worth very different amounts from step to step."""
+    """Train the tiny model of one role; its weights, averaged over the last tenth of the way, are kept at each budget."""
     torch.manual_seed(random_of("weights", cfg.seed, role).getrandbits(60))
     model, step = Decoder(tiny_shape(cfg)).to(run.device), 0
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
@@ -1625,9 +1596,8 @@ def stopped(run):
 
 
 def stage(run, path, todo, make, size=16):
-    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of `size` items, and they are
-    appended at once. What a former run has written is not made again, but for a part that a kill has cut: its random
-    numbers need it whole."""
+    """Rows of a JSONL file for the items `todo`; make(part) gives those of `size` items, and they are appended at once.
+    What a former run has written is not made again, but for a part that a kill has cut: it is made whole."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     lines = lines if len(lines) == len(todo) and lines[-1:][0].endswith(b"\n") else lines[: len(lines) // size * size]
     try:
@@ -1699,7 +1669,7 @@ def ledger(cfg, run):
     n = sum(p.numel() for p in model.parameters())
     print(f"{len(ROLES)} x {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms = "
           f"{cfg.steps * seconds / 60:.1f} minutes, evaluation not counted | {tokens / seconds:,.0f} tokens/s, "
-          f"{6e-9 * n * tokens / seconds:.1f} GFLOP/s | loss of a guess: {math.log(len(tiny_words().words)):.2f}")
+          f"{6e-9 * n * tokens / seconds:.1f} GFLOP/s | loss of a guess: {math.log(len(TOKENS)):.2f}")
 
 
 def dry_run(cfg):
@@ -1772,8 +1742,7 @@ BIASES = {"primary wins": "The answer wins that was revised (no bias: a half)", 
 
 
 def write_report(path, cfg, metrics, draws, worst):
-    """One self-contained page: table, bars of bias, and where scorer and people disagree most, beside the adapted
-    reference. Texts come from data and models: all are escaped, and the page has no script."""
+    """One self-contained page. Texts come from data and models: all are escaped, and the page has no script."""
     columns, table = rows_of(metrics, draws)
     cells = {name: [row.get(c, "") for c in columns] for name, row in table.items()}
     lines = "".join(f"<tr><td class=t>{html.escape(k)}<td>{'<td>'.join(row)}" for k, row in cells.items() if any(row))
@@ -1795,8 +1764,7 @@ def write_report(path, cfg, metrics, draws, worst):
 
 
 def worst_of(rows, made, scores, truth, count=20):
-    """For the report: rows where people and a scorer, the first that there is, are farthest apart: in rank, or for
-    pairs in preference."""
+    """For the report: where people and the first scorer there is are farthest apart, in rank or in preference."""
     key = next(k for k in ("judge/adapted", "judge/none", "bleu/adapted", "bleu/human", "length/none") if k in scores)
     known, found = np.flatnonzero(~np.isnan(scores[key])), []
     x, y = scores[key][known], truth[known]
@@ -1840,22 +1808,19 @@ def run_world(cfg, run, state):
 
 def attach_references(cfg, rows, made):
     """Put {"none": "", kind: reference} into each row; made: its row of references.jsonl."""
-    arms, members = cfg.arms.split(","), {}
+    members = {}
     for i, row in enumerate(rows):
         members.setdefault(row["group"], []).append(i)
-
-    def adapted(i):
-        return made[i]["adapted"].get(str(rows[i].get("primary", 0)), dict(text=""))["text"]
-
+    adapted = [x["adapted"].get(str(row.get("primary", 0)), dict(text=""))["text"] for row, x in zip(rows, made)]
     for i, row in enumerate(rows):
         here = members[row["group"]]
         other = here[(here.index(i) + 1) % len(here)]
         if "b" in row or other == i:
             others = ((i + j) % len(rows) for j in range(1, len(rows)))
             other = next((j for j in others if rows[j]["group"] != row["group"]), i)
-        found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted(i),
-                     mismatched=adapted(other) if other != i else "")
-        row["references"] = {"none": ""} | {kind: text for kind, text in found.items() if text and kind in arms}
+        found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted[i],
+                     mismatched=adapted[other] if other != i else "")
+        row["references"] = {"none": ""} | {k: text for k, text in found.items() if text and k in cfg.arms.split(",")}
 
 
 def run_data(cfg, run, rows):
@@ -1891,7 +1856,7 @@ def run_data(cfg, run, rows):
 
 
 def print_table(metrics, draws):
-    """A row for each scorer, a column for each reference; what has other columns; what the adapted reference gains."""
+    """A row for each scorer, a column for each reference; what is left; what the adapted reference gains."""
     columns, table = rows_of(metrics, draws)
     print(f"{'':26}" + "".join(f"{c:>14}" for c in columns))
     for name, row in table.items():

@@ -77,7 +77,7 @@ def test_errors_are_those_of_the_mix_and_gold_revisions_mend_all():
             many = m.add_errors(record, right, 3, m.TEST_MIX, rng, m.WAYS)
             gold = m.repair(record, many)
             assert sum(m.slot_errors(record, m.say(gold)).values()) == 0
-            assert m.tiny_words().decode(m.tiny_words().encode(m.say(many))) == m.say(many)
+            assert m.decode(m.encode(m.say(many))) == m.say(many)
 
 
 def test_parts_do_not_meet_and_length_says_nothing():
@@ -97,7 +97,7 @@ def test_parts_do_not_meet_and_length_says_nothing():
 
 
 def example(role, seed):
-    return [m.tiny_words().decode(ids) for ids in m.example(role, random.Random(seed))]
+    return [m.decode(ids) for ids in m.example(role, random.Random(seed))]
 
 
 def test_examples_teach_what_the_roles_say():
@@ -401,9 +401,8 @@ def test_a_role_is_weighed_by_examples_not_by_words():
     assert torch.equal(ids, again[0]) and not torch.equal(
         ids[:, :20], m.batch_of(m.Config(batch_size=4), "revise", 4)[0][:, :20]
     )
-    w = m.tiny_words()
     for row, mask in zip(ids, answer):
-        arrow = row.tolist().index(w.index["=>"])
+        arrow = row.tolist().index(m.INDEX["=>"])
         assert not mask[: arrow + 1].any() and row[mask].tolist()[-1] == 0 and mask[arrow + 1]
 
 
