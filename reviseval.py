@@ -257,8 +257,8 @@ def add_errors(record, clauses, count, mix, rng, ways=KNOWN_WAYS):
 
 
 def repair(record, clauses, rng=None, p_fix=1.0, p_dmg=0.0):
-    """Clauses as a reviser leaves them who mends errors with p_fix, breaks right clauses with p_dmg and keeps the style.
-    p_fix 1 and p_dmg 0, the gold revision, draws nothing at random."""
+    """Clauses as a reviser leaves them who mends errors with p_fix, breaks right clauses with p_dmg and keeps the
+    style. p_fix 1 and p_dmg 0, the gold revision, draws nothing at random."""
     made, seen = [], set()
     for slot, value, *style in clauses:
         right, mended = record.get(slot), p_fix == 1 or rng.random() < p_fix
@@ -1226,7 +1226,7 @@ def batch_of(cfg, role, step):
 
 
 def train(cfg, run, role, state):
-    """Train the tiny model of one role; its weights, averaged over the last tenth of the way, are kept at each budget."""
+    """Train the model of one role; its weights, averaged over the last tenth of the way, are kept at each budget."""
     torch.manual_seed(random_of("weights", cfg.seed, role).getrandbits(60))
     model, step = Decoder(tiny_shape(cfg)).to(run.device), 0
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
