@@ -566,6 +566,29 @@ def test_trap_3_nothing_leaks_to_the_reviser_and_ratings(chat, tmp_path):
     )
 
 
+@pytest.mark.parametrize("left", [0, 1, 60, 200, 10**6])
+def test_a_stage_goes_on_where_it_was_cut(tmp_path, left):
+    """Whatever is left of the file, the rows are the same in the end, and whole parts are not made again."""
+    run, path, made = SimpleNamespace(out=tmp_path, rank=0, world=1, stop=False, device="cpu"), tmp_path / "x.jsonl", []
+    todo = [dict(id=str(i)) for i in range(20)]
+
+    def make(part):
+        made.append(len(part))
+        return [dict(id=x["id"], text=f"{x['id']} of {len(part)}") for x in part]
+
+    whole = m.stage(run, path, todo, make, size=8)
+    content = path.read_bytes()
+    assert made == [8, 8, 4] and [row["id"] for row in whole] == [x["id"] for x in todo]
+    path.write_bytes(content[:left])
+    kept = content[:left].count(b"\n")
+    made.clear()
+    assert m.stage(run, path, todo, make, size=8) == whole and path.read_bytes() == content
+    assert made == ([] if kept == 20 else [8, 8, 4][kept // 8 :])
+    for wrong in (todo[::-1], [dict(id="other")] * 20):
+        with pytest.raises(SystemExit):
+            m.stage(run, path, wrong, make, size=8)
+
+
 def test_verdicts_that_cannot_be_read_are_counted():
     rows = [dict(id=str(i), a="", b="") for i in range(3)]
     judged = [
