@@ -621,6 +621,41 @@ def test_classic_metrics_alone_and_other_schemas(tmp_path, monkeypatch):
     assert {"bleu/human", "length/none", "copy/none"} < set(found) and "bleu/adapted" not in found
 
 
+def chat_folder(folder):
+    """A random chat model whose tokens are bytes."""
+    plain = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    names = {**{b: chr(b) for b in plain}, **{b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*plain}))}}
+    special = ["<|im_start|>", "<|im_end|>"]
+    vocab = {name: i for i, name in enumerate([names[b] for b in range(256)] + special)}
+    steps = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    added = [dict(id=256 + i, content=name, special=True) for i, name in enumerate(special)]
+    data = dict(model=dict(type="BPE", vocab=vocab, merges=[]), pre_tokenizer=steps, normalizer=None)
+    data |= dict(added_tokens=added)
+    config = dict(model_type="llama", hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config |= dict(vocab_size=258, tie_word_embeddings=True)
+    files = dict(config=config, tokenizer=data, tokenizer_config=dict(eos_token="<|im_end|>"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    torch.manual_seed(0)
+    (folder / "model.safetensors").write_bytes(m.export(m.Decoder(m.read_shape(config))))
+    return str(folder)
+
+
+def test_a_local_checkpoint_does_what_an_endpoint_does(tmp_path, monkeypatch):
+    """A random model says nothing that can be read: no verdict, and revisions that fail; the same bits every time."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    folder, found = chat_folder(tmp_path / "model"), []
+    argv = ["--task", "data", "--data", write(tmp_path / "d.jsonl", PAIRS), "--model", folder, "--scorer", folder]
+    for out in ("x", "y"):
+        found.append(m.main([*argv, "--max-new", "6", "--arms", "direct,adapted", "--out", out])["metrics"])
+    assert json.dumps(found[0]) == json.dumps(found[1]) and found[0]["judge coverage/adapted"] == 0
+    assert found[0]["judge pairs/none"] == 0.5 and found[0]["tokens/verdicts"] > found[0]["tokens/references"] > 1000
+    assert {"bartscore pairs/direct", "bartscore pairs/both", "bleu primary wins/random"} < set(found[0])
+    lines = [(tmp_path / out / "references.jsonl").read_text() for out in "xy"]
+    assert lines[0] == lines[1] and all(row["direct"] for row in map(json.loads, lines[0].splitlines()))
+
+
 # ---------------------------------------------------------------- the encoder
 def bert_folder(folder, seed=0, words="the cat sat un ##able ##s , . ! $ ü ##x 中 a b c".split()):
     """A random BERT with its tokenizer in transformers, saved to folder."""
