@@ -452,7 +452,7 @@ def test_revisions_that_fail_are_asked_again_and_then_marked():
         def ask(self, contents, temperature, key, index=0):
             calls.append((len(contents), temperature, index))
             return [
-                "" if "bad" in text else "word " * 99 if "long" in text and index < 1 else " good " for text in contents
+                "" if "bad" in text else "word " * 21 if "long" in text and index < 1 else " good " for text in contents
             ]
 
     found = m.revise_all(Backend(), m.Config(), [("q", "good"), ("q", "bad"), ("q", "long")])
