@@ -10,7 +10,7 @@ Li, Gao, Wang, Pi, Zhao, Wu, Jiang, Li, Kong, ICLR 2025, arXiv 2410.16736
 A proposer writes questions, a target answers them. Those that the target fails at are what the proposer shall prefer:
 it is trained by DPO, again and again, until it writes what the target cannot do. The target is then tuned on that.
 
-  python reversegen.py                      # about 6 minutes on one idle core
+  python reversegen.py                      # MINUTES
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
   python reversegen.py --scale long         # rarer blind spots, more rounds, five targets; --resume goes on
   python reversegen.py --target https://host/v1#MODEL --targets 1 --arms 4    # what a served model fails at, as JSONL
@@ -1235,7 +1235,7 @@ def plot_rounds(path, metrics, rounds):
     for name in ("failure", "valid", "unique", "in blind spots", "self bleu"):
         points = {r: metrics[f"r{r}/{name}"] for r in range(rounds + 1) if f"r{r}/{name}" in metrics}
         axes.plot(points.keys(), points.values(), "o-", label=name)
-    axes.set(xlabel="round", title="proposals", ylim=(0, 1))
+    axes.set(xlabel="round", title="proposals", ylim=(0, 1.05))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 

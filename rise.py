@@ -10,7 +10,7 @@ Xu, Yu, Hou, Cheng, Leong, Li, Jiang, Shang, Liu, Li, ACL 2025, arXiv 2410.06638
 Most wrong solutions go wrong in one small place. RISE lets a model put such an error into a step of its own right
 solution, and trains it by DPO to prefer the step that it had, beside pairs of whole right and wrong samples.
 
-  python rise.py                 # 7 min on one core: base 53 % right, DPO 83, RISE 80, likelihood 88 (one base)
+  python rise.py                 # 8 min on one core: base 51 % right, DPO 78, RISE 79, likelihood 83 (one base)
   python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
   python rise.py --task math --scale smoke --model DIR    # 13 min: a chat model of 135M, 50 problems
   python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # on real problems, LoRA
