@@ -28,23 +28,20 @@ my.jsonl has rows {"id", "instruction", "source", "response", "reference", "scor
 writes direct.jsonl, references.jsonl, judgments.jsonl (16 rows at a time, none twice), result.json and the page.
 
 Differences from the paper, of which the official code, figures and tables were at hand, not the text
-  world       records of restaurants and texts with counted errors (D2T-R) in place of annotated summaries, translations
-              and stories: quality is exact, and only factual; length says nothing of it. Contradictions and a quarter
-              of the phrasings are new to the models.
+  world       records of restaurants and texts with counted errors (D2T-R) in place of annotated texts: quality is exact,
+              and only factual; length says nothing of it. Contradictions, a quarter of the phrasings are new to models.
   model       four tiny decoders, as reviser, judge with and without reference, and writer (D.R.), from equally many
-              examples. The judges explain what they found and then score: with scores alone they learned little. Two
-              readings: expected score by logits (judge), likeliest score (verdict). Scores are 1 to 5, ours.
+              examples. The judges explain, then score: with scores alone they learned little. Two readings: expected
+              score by logits (judge), likeliest score (verdict). Scores are 1 to 5, ours.
   pairs       metrics take the mean over the revisions of both answers: with a single revision of a random answer, as in
-              the official code, that answer wins too often (column random, row "primary wins"). With --task data judges
-              see that one, in both orders.
+              the official code, that answer wins too often (column random, row "primary wins"). An LLM judge sees it.
   verdicts    the last [[A]] or [[3]]; else none: of pairs a half, of ratings left out (official code: first substring).
   edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
   control     mismatched: the revision of another response to x (pairs, lone responses: to another x). None with random
               text, none of length, nor a direct reference of equal length.
   revising    up to three tries; more than thrice the answer's words is a failure. D.R. at the reviser's temperature.
   metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
-  left out    tuning an LLM as reviser or judge, METEOR, MOVERScore, majority vote, agreement by system, judging by
-              logits outside the world.
+  left out    tuned LLMs, METEOR, MOVERScore, majority vote, agreement by system, judging by logits outside the world.
 
 Copy out: tau_b, tau_draws with resampled, bleu, rouge, greedy_f1, prefer
 """
@@ -158,12 +155,7 @@ class Config:
 
 
 ENDPOINT = r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?"  # as Chat has it
-REFERENCES = {  # what a response is compared with
-    "human": "the reference that came with the source",
-    "direct": "the model's own answer to the source",
-    "adapted": "the revision of the response itself: RevisEval",
-    "mismatched": "control: the revision of another response to the source; for pairs and lone responses, to another",
-}
+REFERENCES = "human", "direct", "adapted", "mismatched"  # what a response is compared with, see above
 COLUMNS = "none", *REFERENCES, "random", "own", "both"  # of the table; the last three: see prefer
 ROLES = "revise judge compare write".split()
 SCALES = {  # "scale" and "scale:task"; explicit flags win
@@ -757,6 +749,7 @@ def choice(model, prompts, options, size=64):
 
     return np.array(in_batches(prompts, size, work))
 
+
 def measure(texts, references, embed=None, bart=None, kernels=False):
     """Scores {"metric/kind": (N,)} of texts (N,) against references {kind: (N,) texts}, NaN where one is "". Equal
     pairs are measured once. embed: see bert_score; bart: pairs to means of log p(y | r) and log p(r | y)."""
@@ -841,8 +834,7 @@ CHOOSE = dict(task="Decide which of two answers follows the instruction better; 
 COMPARE = " First compare with the reference answer."
 
 
-def quoted(text):
-    return re.sub(r"\[(?=\[)", "[ ", text)  # no verdict, should the judge repeat it
+quoted = functools.partial(re.sub, r"\[(?=\[)", "[ ")  # [[A]] is no verdict, should the judge repeat it
 
 
 def revise_request(rubric, source, answer, other=""):
@@ -883,8 +875,9 @@ def clean_revision(reply, answer):
 def revise_all(backend, cfg, jobs, key=()):
     """r* of jobs (source, answer, other answer): asked for up to three times if a reply is empty or more than three
     times as long as the answer; then the answer itself stands in, and "failed" says so."""
-    found, todo = {}, list(range(len(jobs)))
+    found = [dict(failed=True)] * len(jobs)
     for attempt in range(3):
+        todo = [i for i, last in enumerate(found) if last["failed"]]
         requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
         for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
             answer = jobs[i][1]
@@ -892,10 +885,7 @@ def revise_all(backend, cfg, jobs, key=()):
             failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
             text = answer if failed else text
             found[i] = dict(text=text, failed=failed, identity=text.split() == answer.split())
-        todo = [i for i in todo if found[i]["failed"]]
-        if not todo:
-            break
-    return [found[i] for i in range(len(jobs))]
+    return found
 
 
 TEMPERATURES = dict(revise=0.3, judge=0.1, free=0.0)  # the judge with and without a reference (official code)
@@ -911,9 +901,6 @@ class Local:
         ends = [self.tok.special.get(name) for name in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")]
         self.stop = [i for i in dict.fromkeys([self.tok.eos, *ends]) if i is not None]
 
-    def prompts(self, contents):
-        return [self.tok.chat([dict(role="user", content=text)]) for text in contents]
-
     def ask(self, contents, temperature, key, index=0):
         g = torch.Generator(self.model.norm.weight.device).manual_seed(random_of(self.cfg.seed, key).getrandbits(60))
 
@@ -922,7 +909,7 @@ class Local:
             self.tokens += sum(map(len, part)) + sum(map(len, new))
             return [self.tok.decode(ids) for ids in new]
 
-        return in_batches(self.prompts(contents), 16, work)
+        return in_batches([self.tok.chat([dict(role="user", content=text)]) for text in contents], 16, work)
 
 
 class Remote:
@@ -1109,7 +1096,7 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
         redo = lambda rows, hits=hits: mean_draws(hits[rows], group[rows], weight)
         draws |= {f"{name} {what}/{kind}": (rows, redo(rows), redo)
                   for what, rows in (("pairs", ok), ("longer", ok & longer))}
-        metrics |= {} if ok.all() else {f"{name} n/{kind}": int(ok.sum())}
+        metrics |= {} if ok.all() else {f"{name} pairs n/{kind}": int(ok.sum())}
     return metrics | {key: float(x[0]) for key, (_, x, _) in draws.items()}, draws, preferences
 
 
@@ -1126,8 +1113,7 @@ def evaluate_world(cfg, run, tiny, rows, real):
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
     table |= measure(texts, everything, *real, cfg.kernels)
     for kind, column in ({"none": None} | everything).items():
-        if should_stop(run):
-            stopped(run)
+        pause(run)
         table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
         table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
     metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
@@ -1136,12 +1122,11 @@ def evaluate_world(cfg, run, tiny, rows, real):
     found, more, _ = pair_table(cfg, table, pair, label, group[pair[:, 0]], primary)
     metrics |= found | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
     read = np.mean([len(f"{x} {y}".split()) for x, y in zip(sources, texts)])
-    metrics["words a verdict/none"] = read
-    for kind, column in columns.items():
-        for k in range(4):  # r* of a good response must be near to it: it is no new text
-            metrics[f"likeness, {k} errors/{kind}"] = float(table[f"rougeL/{kind}"][quality == -k].mean())
-        n = np.mean([len(text.split()) for text in column])  # a revision is one more call, which reads and writes
-        metrics[f"words a verdict/{kind}"] = read + n + (read + n if kind == "adapted" else 0)
+    for kind, column in ({"none": None} | columns).items():  # a revision is one more call, which reads and writes
+        cost = read + (np.mean([len(text.split()) for text in column]) if column else 0)
+        metrics[f"words a verdict/{kind}"] = cost * (1 + (kind == "adapted"))
+    for kind, k in itertools.product(columns, range(4)):  # r* of a good response must be near to it: it is no new text
+        metrics[f"likeness, {k} errors/{kind}"] = float(table[f"rougeL/{kind}"][quality == -k].mean())
     return metrics, draws | more
 
 
@@ -1154,17 +1139,9 @@ def taus(rows, texts):
 def measure_budget(tiny, rows):
     """What reviser and judge are worth at one budget: competence, metrics against revisions, verdicts without any."""
     revisions, texts = tiny.revise(rows), [row["response"] for row in rows]
+    x, quality = tiny.judge([row["source"] for row in rows], texts)[1], np.array([row["quality"] for row in rows])
     found = competence(rows, revisions) | taus(rows, revisions)
-    _, verdict = tiny.judge([row["source"] for row in rows], texts)
-    ok = ~np.isnan(verdict)
-    found["verdict"] = tau_b(verdict[ok], np.array([row["quality"] for row in rows])[ok]) if ok.any() else math.nan
-    return {key: float(x) for key, x in found.items()}
-
-
-def scripted(rows, p_fix, p_dmg):
-    """tau where a reviser of known competence makes the references: where is the break-even line?"""
-    rng = random_of("scripted", p_fix, p_dmg)
-    return taus(rows, [say(repair(row["record"], row["clauses"], rng, p_fix, p_dmg)) for row in rows])
+    return {key: float(x) for key, x in found.items()} | dict(verdict=tau_b(x[x == x], quality[x == x]))
 
 
 def judge_scores(rows, judged):
@@ -1185,8 +1162,7 @@ def judge_scores(rows, judged):
     return found, metrics
 
 
-GRID = (1.0, 0.0), (0.8, 0.0), (0.6, 0.0), (0.4, 0.0), (0.2, 0.0), (0.8, 0.1), (0.6, 0.1), (0.6, 0.2), (0.4, 0.2), \
-    (0.2, 0.2)  # (p_fix, p_dmg) of scripted revisers
+GRID = [(f / 10, d / 10) for d, fs in ((0, (10, 8, 6, 4, 2)), (1, (8, 6)), (2, (6, 4, 2))) for f in fs]  # p_fix, p_dmg
 # Fixed before the first evidence run: id, statistic, threshold, what would refute it. "scorer/reference" is tau-b with
 # the exact quality; "pairs" and "longer": accuracy on pairs of responses to a record, and on those whose worse one is
 # longer. Intervals: 1000 draws of records, for one trained model.
@@ -1260,7 +1236,7 @@ def batch_of(cfg, role, step):
 
 def train(cfg, run, role, state):
     """Train the model of one role; at each budget the running average of its weights, which reaches back about a tenth
-    of the way, is kept. What has a role's name in state["trained"] is done."""
+    of the way, is kept."""
     torch.manual_seed(random_of("weights", cfg.seed, role).getrandbits(60))
     model, step = Decoder(tiny_shape(cfg)).to(run.device), 0
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
@@ -1291,11 +1267,11 @@ def train(cfg, run, role, state):
             replace_file(run.out / f"{role}-{step}.safetensors", export(average))
         stop = should_stop(run)
         if stop or step % cfg.save_every == 0 or step == cfg.steps:
-            state["trained"] += [role] * (step == cfg.steps)
+            run.keep["trained"] += [role] * (step == cfg.steps)
             save_state(run, job=role, step=step, model=model.state_dict(), average=average.state_dict(),
-                       optimizer=optimizer.state_dict(), **progress(run, state))
+                       optimizer=optimizer.state_dict(), **run.keep, seconds=time.perf_counter() - run.began)
         if stop:
-            stopped(run)
+            pause(run)
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1623,16 +1599,11 @@ def load_kernel(name):
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
 
 
-def stopped(run):
-    """Say how to go on, and leave."""
-    if not run.rank:
+def pause(run):
+    """After Ctrl-C: say how to go on, and leave."""
+    if should_stop(run):
         print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
-    raise SystemExit(130)
-
-
-def progress(run, state):
-    """What every state.pt of this file holds."""
-    return {key: state[key] for key in ("done", "trained", "data")} | dict(seconds=time.perf_counter() - run.began)
+        raise SystemExit(130)
 
 
 def stage(run, path, todo, make, spent=lambda: 0, size=16):
@@ -1660,8 +1631,7 @@ def stage(run, path, todo, make, spent=lambda: 0, size=16):
             os.fsync(file.fileno())
             rows += new
             log(len(rows))
-            if should_stop(run):
-                stopped(run)
+            pause(run)
     return rows
 
 
@@ -1730,21 +1700,19 @@ def plot_world(path, metrics):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key)]
-    for name in ("bleu", "rougeL", "edit", "verdict"):
-        left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".",
-                  label="judge without reference" if name == "verdict" else f"{name} with r*")
-    if "bleu/human" in metrics:
-        left.axhline(metrics["bleu/human"], color="gray", linestyle=":", label="bleu with human reference")
+    names = {name: f"{name} with r*" for name in ("bleu", "rougeL", "edit")} | dict(verdict="judge without reference")
+    for name, label in names.items():
+        left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".", label=label)
+    left.axhline(metrics.get("bleu/human", math.nan), color="gray", linestyle=":", label="bleu with human reference")
     left.set(xlabel="optimizer steps of the tiny model", ylabel="Kendall's tau-b with quality")
-    left.legend(fontsize="small")
-    taus = [metrics[f"scripted {p_fix} {p_dmg}/bleu"] for p_fix, p_dmg in GRID]
-    dots = right.scatter(*zip(*GRID), c=taus, s=120, vmin=0, vmax=0.8)
+    dots = right.scatter(*zip(*GRID), c=[metrics[f"scripted {f} {d}/bleu"] for f, d in GRID], s=120, vmin=0, vmax=0.8)
     figure.colorbar(dots, label="tau of BLEU, scripted revisers")
     right.plot([0, 1], [0, 0.5], color="gray", linestyle=":", label="p_fix = 2 p_dmg")
     right.plot(*([metrics[f"step {step}/{what}"] for step in steps] for what in ("p_fix", "p_dmg")), "k.-",
                label="tiny model, by budget")
     right.set(xlabel="p_fix: errors mended", ylabel="p_dmg: right slots broken", xlim=(0, 1.05), ylim=(-0.03, 0.6))
-    right.legend(fontsize="small")
+    for side in (left, right):
+        side.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
@@ -1810,11 +1778,11 @@ def worst_of(rows, made, scores, truth, count=20):
 # ---------------------------------------------------------------- 8. Main
 def run_world(cfg, run, state, rows, real):
     """Train, measure every budget, then all arms with the last one: metrics and draws."""
-    done = state["done"]
-    if not state["trained"]:
+    done = run.keep["done"]
+    if not run.keep["trained"]:
         dry_run(cfg)
     for role in ROLES:
-        if role not in state["trained"]:  # a file alone could be of other settings
+        if role not in run.keep["trained"]:  # a file alone could be of other settings
             train(cfg, run, role, state)
     for step in budgets(cfg):
         models = {role: Decoder(tiny_shape(cfg)).to(run.device) for role in ROLES}
@@ -1822,9 +1790,8 @@ def run_world(cfg, run, state, rows, real):
             model.load_state_dict(load_file(run.out / f"{role}-{step}.safetensors"))
         if str(step) not in done:
             done[str(step)] = measure_budget(Tiny(models), rows)
-            save_state(run, **progress(run, state))
-        if should_stop(run):
-            stopped(run)
+            save_state(run, **run.keep, seconds=time.perf_counter() - run.began)
+        pause(run)
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
     last = done[str(cfg.steps)]
     if last["p_fix"] < 0.6 or last["p_dmg"] > 0.1:
@@ -1832,8 +1799,10 @@ def run_world(cfg, run, state, rows, real):
               "slots; the claims are about one with at least 60 % and at most 10 %: raise --steps")
     metrics, draws = evaluate_world(cfg, run, Tiny(models), rows, real)
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
-    metrics |= {f"scripted {p_fix} {p_dmg}/{name}": x for p_fix, p_dmg in GRID
-                for name, x in scripted(rows, p_fix, p_dmg).items()}
+    for f, d in GRID:  # where is the break-even line of a reviser of known competence?
+        rng = random_of("scripted", f, d)
+        made = taus(rows, [say(repair(row["record"], row["clauses"], rng, f, d)) for row in rows])
+        metrics |= {f"scripted {f} {d}/{name}": x for name, x in made.items()}
     plot_world(run.out / "plot.png", metrics)
     return metrics, draws
 
@@ -1933,14 +1902,13 @@ def main(argv=None):
     state = load_state(run) or dict(done={}, trained=[], data=digest, seconds=0.0)
     if state["data"] != digest:
         fail(f"--data {cfg.data}: is not what the interrupted run in {run.out} has read")
-    run.began = time.perf_counter() - state["seconds"]
+    run.began, run.keep = time.perf_counter() - state["seconds"], {k: state[k] for k in ("done", "trained", "data")}
     if not (run.out / "state.pt").exists():
         for name in ("direct", "references", "judgments"):  # of an unknown run; an endpoint's replies are kept
             (run.out / f"{name}.jsonl").unlink(missing_ok=True)
         save_state(run, **state)  # from here on the directory belongs to these flags
     world = cfg.task == "world"
-    found = run_world(cfg, run, state, rows, real) if world else run_data(cfg, run, rows, backend, real)
-    metrics, draws = found
+    metrics, draws = run_world(cfg, run, state, rows, real) if world else run_data(cfg, run, rows, backend, real)
     print_table(metrics, draws)
     record = dict(tried=TRIED if world else {}, metrics=metrics, data_sha256=digest)
     record |= dict(minutes=(time.perf_counter() - run.began) / 60)

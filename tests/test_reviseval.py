@@ -381,8 +381,9 @@ def test_the_model_learns_from_right_answers_and_not_from_wrong_ones(tmp_path, m
     def gap():
         cfg = m.Config(n_layer=1, steps=100, batch_size=32, lr=1e-2)
         run = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, out=tmp_path, stop=False, began=0.0)
-        m.train(cfg, run, "write", state := dict(done={}, trained=[], data=""))
-        assert state["trained"] == ["write"]
+        run.keep = dict(done={}, trained=[])
+        m.train(cfg, run, "write", {})
+        assert run.keep["trained"] == ["write"]
         model = m.Decoder(m.tiny_shape(cfg))
         model.load_state_dict(m.load_file(tmp_path / "write-100.safetensors"))
         rows, other = (
@@ -598,7 +599,7 @@ def test_rows_without_a_reference_take_no_part(monkeypatch):
     table = {"length/none": np.zeros(2 * n), "bleu/human": human}
     table |= {"bleu/0": np.zeros(2 * n), "bleu/1": np.full(2 * n, math.nan), "bleu/adapted": np.zeros(2 * n)}
     found, draws, _ = m.pair_table(m.Config(), table, pair, label, group, np.zeros(n, int))
-    assert found["bleu pairs/human"] == 0 and found["bleu n/human"] == 10
+    assert found["bleu pairs/human"] == 0 and found["bleu pairs n/human"] == 10
     assert found["bleu pairs/random"] == 0.5 and not {"bleu pairs/own", "bleu pairs/both"} & set(found)
     judged = [dict(verdicts=[dict(arm="human", order=o, verdict=0)] * (i > 0)) for i in range(3) for o in (0,)]
     judged[1]["verdicts"] += [dict(arm="human", order=1, verdict=None)]
