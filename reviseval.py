@@ -28,8 +28,8 @@ my.jsonl has rows {"id", "instruction", "source", "response", "reference", "scor
 writes direct.jsonl, references.jsonl, judgments.jsonl (16 rows at a time, none twice), result.json and the page.
 
 Differences from the paper, of which the official code, figures and tables were at hand, not the text
-  world       records of restaurants and texts with counted errors (D2T-R) in place of annotated texts: quality is exact,
-              and only factual; length says nothing of it. Contradictions, a quarter of the phrasings are new to models.
+  world       records of restaurants and texts with counted errors (D2T-R), not annotated texts: quality is exact, and
+              only factual; length says nothing of it. Contradictions, a quarter of the phrasings are new to models.
   model       four tiny decoders, as reviser, judge with and without reference, and writer (D.R.), from equally many
               examples. The judges explain, then score: with scores alone they learned little. Two readings: expected
               score by logits (judge), likeliest score (verdict). Scores are 1 to 5, ours.
@@ -37,8 +37,8 @@ Differences from the paper, of which the official code, figures and tables were 
               the official code, that answer wins too often (column random, row "primary wins"). An LLM judge sees it.
   verdicts    the last [[A]] or [[3]]; else none: of pairs a half, of ratings left out (official code: first substring).
   edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
-  control     mismatched: the revision of another response to x (pairs, lone responses: to another x). None with random
-              text, none of length, nor a direct reference of equal length.
+  control     mismatched: the revision of another response to x (pairs, lone responses: to another x); no random text,
+              no direct reference of equal length.
   revising    up to three tries; more than thrice the answer's words is a failure. D.R. at the reviser's temperature.
   metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
   left out    tuned LLMs, METEOR, MOVERScore, majority vote, agreement by system, judging by logits outside the world.
@@ -121,11 +121,9 @@ class Config:
     scorer: str = ""  # directory or hub id of a Llama or Qwen2, for BARTScore and likelihood
     max_new: int = 512  # most tokens of a revision or a verdict
     report: str = ""  # write a self-contained HTML page here
-    # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32; the tiny model is float32
     kernels: bool = False  # Triton kernels greedy_match and token_logp (cuda only; compared at first use)
-    # running
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/reviseval/TASK-SCALE-sSEED
@@ -148,10 +146,8 @@ class Config:
             fail("--task data and --data FILE go together")
         if self.task == "world" and (self.endpoint or self.model or self.report):
             fail("--endpoint, --model and --report need --task data")
-        if self.endpoint and not self.model:
-            fail("--endpoint needs --model, the model's name there")
-        if self.endpoint and not re.fullmatch(ENDPOINT, self.endpoint, re.A):
-            fail("--endpoint: must look like https://host/v1, without a user, a password or a query")
+        if self.endpoint and not (self.model and re.fullmatch(ENDPOINT, self.endpoint, re.A)):
+            fail("--endpoint needs --model, and looks like https://host/v1, without a user, a password or a query")
 
 
 ENDPOINT = r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?"  # as Chat has it
@@ -742,10 +738,9 @@ def mean_logp(model, pairs, kernels=False, size=64):
 def choice(model, prompts, options, size=64):
     """Probabilities (P, K) of the next token among K options: a judge by logits."""
     def work(part):
-        ids = pad_right(part, model.norm.weight.device)
-        last = torch.tensor([len(prompt) - 1 for prompt in part], device=ids.device)
-        x = hidden_states(model, ids)[torch.arange(len(part), device=ids.device), last]  # (B, d)
-        return F.linear(x, (model.lm_head or model.embed_tokens).weight[options]).float().softmax(-1).tolist()
+        last = [len(prompt) - 1 for prompt in part]
+        logits = model(pad_right(part, model.norm.weight.device))[range(len(part)), last]  # (B, V)
+        return logits[:, options].float().softmax(-1).tolist()
 
     return np.array(in_batches(prompts, size, work))
 
@@ -769,8 +764,8 @@ def measure(texts, references, embed=None, bart=None, kernels=False):
 
 def prefer(scores, protocol, primary):
     """Which answer of a pair wins, 1: the first, -1: the second, 0: none. scores (P, 2, 2): of answer i against the
-    revision of answer j. random: the revision of answer primary (P,) for both (official code); own: each against its
-    own; both: means over both revisions, so that no answer is the anchor (our choice)."""
+    revision of answer j. random: that of answer primary (P,) for both (official code); own: of each its own; both:
+    means over both revisions (our choice)."""
     s = dict(random=scores[np.arange(len(scores)), :, primary], own=scores.diagonal(0, 1, 2), both=scores.mean(2))
     return np.sign(s[protocol][:, 0] - s[protocol][:, 1])  # (P,)
 
@@ -790,13 +785,12 @@ class Tiny:
 
     def revise(self, rows):
         """r* = R(x, y), y itself where it is empty. The reviser sees neither the quality nor the human reference."""
-        prompts = [prompt_of("revise", row["source"], row["response"]) for row in rows]
-        return [decode(ids) or row["response"] for row, ids in zip(rows, self.ask("revise", prompts))]
+        told = self.ask("revise", [prompt_of("revise", row["source"], row["response"]) for row in rows])
+        return [decode(ids) or row["response"] for row, ids in zip(rows, told)]
 
     def write(self, rows):
         """D.R.: the model's own answers to the sources."""
-        prompts = [prompt_of("write", row["source"]) for row in rows]
-        return [decode(ids) or "." for ids in self.ask("write", prompts)]
+        return [decode(ids) or "." for ids in self.ask("write", [prompt_of("write", row["source"]) for row in rows])]
 
     def judge(self, sources, texts, references=None):
         """F_E(y | x), or F_E(y | x, r). The judge writes what it found. Then its expected score (N,) by the logits of
@@ -832,8 +826,6 @@ RATE = dict(task="Rate how good the answer to the instruction is.",
 CHOOSE = dict(task="Decide which of two answers follows the instruction better; order and length must not matter.",
               end="end with [[A]] if answer A is better or with [[B]] if answer B is")
 COMPARE = " First compare with the reference answer."
-
-
 quoted = functools.partial(re.sub, r"\[(?=\[)", "[ ")  # [[A]] is no verdict, should the judge repeat it
 
 
@@ -880,8 +872,7 @@ def revise_all(backend, cfg, jobs, key=()):
         todo = [i for i, last in enumerate(found) if last["failed"]]
         requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
         for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
-            answer = jobs[i][1]
-            text = clean_revision(reply, answer)[:MOST_CHARACTERS]
+            text = clean_revision(reply, answer := jobs[i][1])[:MOST_CHARACTERS]
             failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
             text = answer if failed else text
             found[i] = dict(text=text, failed=failed, identity=text.split() == answer.split())
@@ -898,8 +889,8 @@ class Local:
     def __init__(self, cfg, run):
         self.cfg, folder, self.tokens = cfg, fetch_model(cfg.model), 0
         self.model, self.tok = load_real(folder).to(run.device, run.dtype).eval(), load_tokenizer(folder)
-        ends = [self.tok.special.get(name) for name in ("<|im_end|>", "<|eot_id|>", "<|endoftext|>")]
-        self.stop = [i for i in dict.fromkeys([self.tok.eos, *ends]) if i is not None]
+        ends = self.tok.eos, *map(self.tok.special.get, ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))
+        self.stop = [i for i in ends if i is not None]
 
     def ask(self, contents, temperature, key, index=0):
         g = torch.Generator(self.model.norm.weight.device).manual_seed(random_of(self.cfg.seed, key).getrandbits(60))
@@ -917,13 +908,13 @@ class Remote:
 
     def __init__(self, cfg, run):
         (run.out / "replies").mkdir(exist_ok=True)
-        self.cfg, self.chat, self.tokens = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies"), 0
+        self.cfg, self.chat = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies")
+
+    tokens = property(lambda self: self.chat.tokens)
 
     def ask(self, contents, temperature, key, index=0):
         common = dict(max_tokens=self.cfg.max_new, temperature=temperature)
-        jobs = [(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents]
-        texts, self.tokens = self.chat.ask(jobs), self.chat.tokens
-        return texts
+        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents])
 
 
 def make_direct(cfg, backend, rows):
@@ -1015,12 +1006,10 @@ def tau_draws(x, y, group, weight):
     here, starts = np.unique(group[order], return_index=True)
     x, y, weight = np.asarray(x, float)[order], np.asarray(y, float)[order], weight[:, here]
     sx, sy = (np.sign(v[:, None] - v) for v in (x, y))  # (n, n)
-    sums = []
-    for s in (sx * sy, np.abs(sx), np.abs(sy)):
-        between = np.add.reduceat(np.add.reduceat(s, starts, 0), starts, 1)  # (G, G) of sources
-        sums.append((weight @ between * weight).sum(1))
+    between = [np.add.reduceat(np.add.reduceat(s, starts, 0), starts, 1) for s in (sx * sy, np.abs(sx), np.abs(sy))]
+    both, left, right = ((weight @ part * weight).sum(1) for part in between)  # part (G, G) of sources
     with np.errstate(invalid="ignore", divide="ignore"):
-        return sums[0] / np.sqrt(sums[1] * sums[2])
+        return both / np.sqrt(left * right)
 
 
 def mean_draws(x, group, weight):
@@ -1084,8 +1073,7 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
             for protocol in ("random", "own", "both"):  # with --pair-ref random the others are not known
                 preferences[f"{name}/{protocol}"] = prefer(square, protocol, primary)
             preferences[f"{name}/adapted"] = preferences[f"{name}/{cfg.pair_ref}"]
-            # an anchor that leaves no choice would give 1, no bias 0.5
-            wins = 0.5 + preferences[f"{name}/random"] * (1 - 2 * primary) / 2
+            wins = 0.5 + preferences[f"{name}/random"] * (1 - 2 * primary) / 2  # 1: the anchor decides; no bias: 0.5
             metrics[f"{name} primary wins/random"] = float(wins.mean())
         elif not kind.isdigit() and kind != "adapted":
             preferences[key] = np.sign(x[pair[:, 0]] - x[pair[:, 1]])
@@ -1104,11 +1092,11 @@ def evaluate_world(cfg, run, tiny, rows, real):
     """All arms on the held-out responses: metrics, and draws for the claims."""
     texts, sources, N = [row["response"] for row in rows], [row["source"] for row in rows], len(rows)
     revisions, own, S = tiny.revise(rows), tiny.write(rows[::SYSTEMS]), SYSTEMS
-    place = [(i // S * S, i % S) for i in range(N)]  # of the first response to the record, and of this one
-    columns = dict(human=[row["human"] for row in rows], direct=[own[first // S] for first, _ in place],
-                   adapted=revisions, mismatched=[revisions[first + (i + 1) % S] for first, i in place])
+    first = [i // S * S for i in range(N)]  # response to the same record
+    columns = dict(human=[row["human"] for row in rows], direct=[own[i // S] for i in range(N)], adapted=revisions,
+                   mismatched=[revisions[first[i] + (i + 1) % S] for i in range(N)])
     columns = {kind: columns[kind] for kind in cfg.arms.split(",")}
-    everything = columns | {str(j): [revisions[first + j] for first, _ in place] for j in range(S)}
+    everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(S)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
     table |= measure(texts, everything, *real, cfg.kernels)
@@ -1117,14 +1105,10 @@ def evaluate_world(cfg, run, tiny, rows, real):
         table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
         table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
     metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
-    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, i // S * S + S) if quality[i] != quality[j]])
+    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, first[i] + S) if quality[i] != quality[j]])
     label, primary = np.sign(quality[pair] @ [1, -1]), np.random.default_rng(cfg.seed).integers(2, size=len(pair))
     found, more, _ = pair_table(cfg, table, pair, label, group[pair[:, 0]], primary)
     metrics |= found | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
-    read = np.mean([len(f"{x} {y}".split()) for x, y in zip(sources, texts)])
-    for kind, column in ({"none": None} | columns).items():  # a revision is one more call, which reads and writes
-        cost = read + (np.mean([len(text.split()) for text in column]) if column else 0)
-        metrics[f"words a verdict/{kind}"] = cost * (1 + (kind == "adapted"))
     for kind, k in itertools.product(columns, range(4)):  # r* of a good response must be near to it: it is no new text
         metrics[f"likeness, {k} errors/{kind}"] = float(table[f"rougeL/{kind}"][quality == -k].mean())
     return metrics, draws | more
@@ -1215,8 +1199,7 @@ def explain(record, text):
     """A verdict as the judges learn to write it: what is true of each slot, then the score, 5 less the errors."""
     errors, found = slot_errors(record, text), stated(text)
     words = {slot: "right" if not n else "wrong" if slot in found else "missing" for slot, n in errors.items()}
-    told = [f"{slot} {words[slot]}" for slot in record]
-    told += [f"{slot} extra" for slot in found if slot not in record]
+    told = [f"{slot} {words[slot]}" for slot in record] + [f"{slot} extra" for slot in found if slot not in record]
     return f"{' '.join(told)} {5 - min(4, sum(errors.values()))}"
 
 
@@ -1607,9 +1590,8 @@ def pause(run):
 
 
 def stage(run, path, todo, make, spent=lambda: 0, size=16):
-    """Rows of a JSONL file for the items `todo`; make(part) gives those of `size` items, and they are appended at once,
-    with the part's seconds and what spent() has grown by. What a former call has written is not made again, but for a
-    part that a kill has cut: it is made whole."""
+    """Rows of a JSONL file for the items `todo`, by parts of `size`; a part's first row has its seconds and tokens. What a
+    former call has written is not made again, but for a part that a kill has cut: it is made whole."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     lines = lines if len(lines) == len(todo) and lines[-1:][0].endswith(b"\n") else lines[: len(lines) // size * size]
     try:
@@ -1676,11 +1658,11 @@ def real_metrics(cfg, device):
 def dry_run(cfg):
     """What a run takes, without allocating a network."""
     if cfg.task == "data":
-        rows = read_data(cfg) if cfg.data else [dict(group=i, source="word " * 100, a="word " * 200, b="word " * 200)
-                                                for i in range(1000)]
+        text = "word " * 200
+        rows = read_data(cfg) if cfg.data else [dict(group=i, source=text, a=text, b=text) for i in range(1000)]
         arms, sides, words = cfg.arms.split(","), len(answers_of(rows[0])), [len(str(row).split()) for row in rows]
-        revised = len(rows) * (sides if cfg.pair_ref != "random" else 1) * bool({"adapted", "mismatched"} & set(arms))
-        before = revised + (1 + max(row["group"] for row in rows)) * ("direct" in arms)
+        before = len(rows) * (sides if cfg.pair_ref != "random" else 1) * bool({"adapted", "mismatched"} & set(arms))
+        before += len({row["group"] for row in rows}) * ("direct" in arms)
         calls = before + len(rows) * sides * (1 + len(arms))
         return print(f"{len(rows)} rows: {calls} calls at most, {before} of them for references, repeats aside, "
                      f"{1.4 * calls * (1.5 * np.mean(words) + 150):.1e} tokens (1.4 a word, replies of 150 words)")
@@ -1688,9 +1670,9 @@ def dry_run(cfg):
         n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
     tokens = len(ROLES) * cfg.steps * cfg.batch_size * 60
     memory = (16 * n + cfg.batch_size * 80 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
-    print(f"{len(ROLES)} x {n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, "
-          f"{n * tokens / 1.2e13:.2f} hours on a core (20 GFLOP/s), {n * tokens / 1.2e15:.4f} on one H100 (2 TFLOP/s); "
-          f"loss of a guess: {math.log(len(TOKENS)):.2f}")
+    print(f"{len(ROLES)} x {n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, loss "
+          f"of a guess {math.log(len(TOKENS)):.2f}, {n * tokens / 1.2e13:.2f} hours on a core (20 GFLOP/s), "
+          f"{n * tokens / 1.2e15:.4f} on one H100 (2 TFLOP/s)")
 
 
 def plot_world(path, metrics):
@@ -1700,14 +1682,13 @@ def plot_world(path, metrics):
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key)]
-    names = {name: f"{name} with r*" for name in ("bleu", "rougeL", "edit")} | dict(verdict="judge without reference")
-    for name, label in names.items():
+    for name in ("bleu", "rougeL", "edit", "verdict"):
+        label = "judge without reference" if name == "verdict" else f"{name} with r*"
         left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".", label=label)
     left.axhline(metrics.get("bleu/human", math.nan), color="gray", linestyle=":", label="bleu with human reference")
     left.set(xlabel="optimizer steps of the tiny model", ylabel="Kendall's tau-b with quality")
     dots = right.scatter(*zip(*GRID), c=[metrics[f"scripted {f} {d}/bleu"] for f, d in GRID], s=120, vmin=0, vmax=0.8)
     figure.colorbar(dots, label="tau of BLEU, scripted revisers")
-    right.plot([0, 1], [0, 0.5], color="gray", linestyle=":", label="p_fix = 2 p_dmg")
     right.plot(*([metrics[f"step {step}/{what}"] for step in steps] for what in ("p_fix", "p_dmg")), "k.-",
                label="tiny model, by budget")
     right.set(xlabel="p_fix: errors mended", ylabel="p_dmg: right slots broken", xlim=(0, 1.05), ylim=(-0.03, 0.6))
@@ -1746,14 +1727,13 @@ p{white-space:pre-wrap;overflow-wrap:anywhere}del{background:#fcc}ins{background
 def write_report(path, cfg, metrics, draws, worst):
     """One self-contained page. Texts come from data and models: all are escaped, and the page has no script."""
     columns, table = rows_of(metrics, draws)
-    cells = {name: [row.get(c, "") for c in columns] for name, row in table.items()}
-    lines = "".join(f"<tr><td class=t>{html.escape(k)}<td>{'<td>'.join(row)}" for k, row in cells.items() if any(row))
+    lines = "".join(f"<tr><td class=t>{html.escape(name)}<td>{'<td>'.join(row.get(c, '') for c in columns)}"
+                    for name, row in table.items() if set(row) & set(columns))
     page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
             f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
             "Kendall's tau-b, Spearman's rho, mean tau-b within a source; for pairs accuracy, and that where the worse "
             "answer is the longer one. Without bias the first place and the answer that was revised win in a half.</p>"
-            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table>"]
-    page.append(f"<h2>Worst disagreements of {html.escape(worst[0]['scorer']) if worst else 'none'}</h2>")
+            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table><h2>Worst disagreements</h2>"]
     for row in worst:
         sides = "<tr>".join("<td class='t w'>{}<td class='t w'>{}".format(*marked(*pair)) for pair in row["pairs"])
         page.append(f"<details open><summary>{html.escape(row['title'])}</summary><p>{html.escape(row['source'])}</p>"
@@ -1769,9 +1749,9 @@ def worst_of(rows, made, scores, truth, count=20):
     gap = -x * y if "b" in rows[0] else np.abs(ranks(x) - ranks(y))
     for at in [i for i in np.argsort(-gap, kind="stable")[:count] if gap[i] > 0]:
         row, revised = rows[known[at]], made[known[at]]["adapted"]
-        said = f"{row['id']}: people {y[at]:.3g}, scorer {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
+        said = f"{row['id']}: people {y[at]:.3g}, {key} {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
         pairs = [(text, revised.get(str(j), dict(text=row["human"]))["text"]) for j, text in enumerate(answers_of(row))]
-        found.append(dict(scorer=key, source=row["source"], title=said, pairs=pairs))
+        found.append(dict(source=row["source"], title=said, pairs=pairs))
     return found
 
 
@@ -1795,8 +1775,7 @@ def run_world(cfg, run, state, rows, real):
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
     last = done[str(cfg.steps)]
     if last["p_fix"] < 0.6 or last["p_dmg"] > 0.1:
-        print(f"note: the reviser mends {last['p_fix']:.0%} of the errors and breaks {last['p_dmg']:.0%} of the right "
-              "slots; the claims are about one with at least 60 % and at most 10 %: raise --steps")
+        print("note: the claims are about a reviser with p_fix of at least 0.6 and p_dmg of at most 0.1: raise --steps")
     metrics, draws = evaluate_world(cfg, run, Tiny(models), rows, real)
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
     for f, d in GRID:  # where is the break-even line of a reviser of known competence?
@@ -1876,8 +1855,8 @@ def print_table(metrics, draws):
             print(f"{name}: " + " | ".join(f"{column} {text}" for column, text in row.items()))
     for name, other in itertools.product(table, ("none", "human", "direct")):
         keys = f"{name}/adapted", f"{name}/{other}"
-        a, b = together(draws, *keys) if set(keys) <= set(draws) else ([math.nan], [math.nan])
-        if np.isfinite(a[0] - b[0]):
+        if set(keys) <= set(draws) and all(np.isfinite(draws[key][1][0]) for key in keys):
+            a, b = together(draws, *keys)
             x, (low, high) = interval(a - b)
             print(f"paired: {name}, adapted - {other}: {x:.3f} [{low:.3f}, {high:.3f}]")
 
@@ -1911,7 +1890,7 @@ def main(argv=None):
     metrics, draws = run_world(cfg, run, state, rows, real) if world else run_data(cfg, run, rows, backend, real)
     print_table(metrics, draws)
     record = dict(tried=TRIED if world else {}, metrics=metrics, data_sha256=digest)
-    record |= dict(minutes=(time.perf_counter() - run.began) / 60)
+    record["minutes"] = (time.perf_counter() - run.began) / 60
     return report(cfg, run, "reviseval", argv, statistics(draws) if world else {}, CLAIMS, **record)
 
 
