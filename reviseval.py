@@ -1006,7 +1006,7 @@ def tau_draws(x, y, group, weight):
     here, starts = np.unique(group[order], return_index=True)
     x, y, weight = np.asarray(x, float)[order], np.asarray(y, float)[order], weight[:, here]
     sx, sy = (np.sign(v[:, None] - v) for v in (x, y))  # (n, n)
-    between = [np.add.reduceat(np.add.reduceat(s, starts, 0), starts, 1) for s in (sx * sy, np.abs(sx), np.abs(sy))]
+    between = [np.add.reduceat(np.add.reduceat(s, starts, 1), starts, 0) for s in (sx * sy, np.abs(sx), np.abs(sy))]
     both, left, right = ((weight @ part * weight).sum(1) for part in between)  # part (G, G) of sources
     with np.errstate(invalid="ignore", divide="ignore"):
         return both / np.sqrt(left * right)
@@ -1590,8 +1590,8 @@ def pause(run):
 
 
 def stage(run, path, todo, make, spent=lambda: 0, size=16):
-    """Rows of a JSONL file for the items `todo`, by parts of `size`; a part's first row has its seconds and tokens. What a
-    former call has written is not made again, but for a part that a kill has cut: it is made whole."""
+    """Rows of a JSONL file for the items `todo`, by parts of `size`; the first row of one has seconds and tokens. What
+    a former call has written is not made again, but for a part that a kill has cut: it is made whole."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     lines = lines if len(lines) == len(todo) and lines[-1:][0].endswith(b"\n") else lines[: len(lines) // size * size]
     try:

@@ -654,14 +654,27 @@ def test_resume_takes_the_same_data_and_adds_up(chat, tmp_path, monkeypatch):
     assert m.main(argv)["metrics"]["tokens/verdicts"] == 0  # all replies are kept
 
 
-def test_a_mistyped_flag_locks_no_directory(chat, tmp_path):
+def test_weights_of_an_unknown_run_are_not_taken(tmp_path, monkeypatch):
+    """Only what the state knows is trained already, whatever files there are."""
+    (tmp_path / "judge-1200.safetensors").write_bytes(b"of another run")
+    trained, run = [], SimpleNamespace(out=tmp_path, keep=dict(done={}, trained=["revise"]))
+    monkeypatch.setattr(m, "train", lambda cfg, run, role, state: trained.append(role))
+    monkeypatch.setattr(m, "budgets", lambda cfg: [])
+    with pytest.raises(KeyError):  # no budget was measured
+        m.run_world(m.Config(), run, {}, [], (None, None))
+    assert trained == ["judge", "compare", "write"]
+
+
+def test_a_mistyped_flag_locks_no_directory(chat, tmp_path, capsys):
     argv = ["--task", "data", "--data", write(tmp_path / "d.jsonl", RATINGS), "--endpoint", chat.url, "--model", "name"]
     argv += ["--arms", "human", "--out", "x"]
     for wrong in (["--encoder", "no folder"], ["--scorer", "no folder"], ["--report", str(tmp_path)]):
         with pytest.raises(SystemExit) as stop:
             m.main([*argv, *wrong])
         assert stop.value.code == 2 and not (tmp_path / "x" / "state.pt").exists() and chat.seen == []
-    assert m.ENDPOINT in inspect.getsource(m.Chat)
+    with pytest.raises(SystemExit):
+        m.main([*argv, "--endpoint", "https://user:secret@host/v1"])
+    assert "secret" not in "".join(capsys.readouterr()) and m.ENDPOINT in inspect.getsource(m.Chat)
     m.main(argv)
 
 
