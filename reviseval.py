@@ -1164,7 +1164,8 @@ CLAIMS = [(f"{name}-adapted-beats-{kind}", f"{name}/adapted - {name}/{kind}", 0.
 
 def interval(draws):
     """Statistic and 95 % interval of draws, of which the first is the data."""
-    low, high = np.nanquantile(draws[1:], (0.025, 0.975))
+    known = draws[1:][np.isfinite(draws[1:])]  # a draw of one source has no tau
+    low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (-math.inf, math.inf)
     return float(draws[0]), (min(low, draws[0]), max(high, draws[0]))
 
 
