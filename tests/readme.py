@@ -6,7 +6,8 @@ python tests/readme.py          # one line per difference or mistake, status 1 w
 python tests/readme.py --write  # fill the regions first
 A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b claims: c, d -->` (columns and claims may be
 left out) and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json. Where claims are
-named the others are counted by their verdicts.
+named the others are counted by their verdicts. The one table of all scripts stands between `<!-- summary` and
+`<!-- end summary -->`; a line `SCRIPT-TASK-SCALE-TAG | claim | our measure | the baseline's measure` makes a row.
 Run it with Python 3.11: the hash of a syntax tree differs between Python versions.
 """
 import contextlib
@@ -23,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: (.*?))? -->\n).*?"
                     r"(<!-- end results -->)", re.S)
+SUMMARY = re.compile(r"(<!-- summary\n(.*?)-->\n).*?(<!-- end summary -->)", re.S)
 COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b([^\n`#|&;<>()]*)")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile, 1 to 9 degrees
 
@@ -69,18 +71,25 @@ def table(records, columns):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+def over_seeds(same):
+    """Mean, interval and what it is over, of one claim in several records."""
+    values = [c["statistic"] for c in same]
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, same[0]["ci"], "of the run"
+    return mean, [mean - half_width(values), mean + half_width(values)], "over seeds"
+
+
 def claims(records, verdict, named=()):
     """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval. A claim that
     some seeds could not measure says so. Where some are named, the others are only counted."""
     lines, others = [], {}
     for claim in {c["id"]: c for r in records for c in r["claims"]}.values():
         same = [c for r in records for c in r["claims"] if c["id"] == claim["id"]]
-        values, limit = [c["statistic"] for c in same], claim["threshold"]
+        limit = claim["threshold"]
         if {c["threshold"] for c in same} != {limit}:
             raise ValueError(f"claim {claim['id']} has two thresholds")
-        mean, (low, high), over = statistics.fmean(values), same[0]["ci"], "of the run"
-        if len(values) > 1:
-            low, high, over = mean - half_width(values), mean + half_width(values), "over seeds"
+        mean, (low, high), over = over_seeds(same)
         outcome = verdict(mean, [low, high], limit)
         if named and claim["id"] not in named:
             others[outcome] = others.get(outcome, 0) + 1
@@ -104,26 +113,58 @@ def hash_now(script, argv):
         return ""
 
 
+def commands(records):
+    """The commands of the records, each once, with the seed as a letter and without their directories."""
+    lines = [re.sub(r" --out[ =]\S+", "", shlex.join(["python", f"{r['script']}.py", *r["argv"]])) for r in records]
+    return list(dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines))
+
+
+def stale(records, script):
+    """Have the settings or sections 2 to 6 changed since one of the records was made?"""
+    return any(r["method_hash"] != hash_now(script, r["argv"]) for r in records)
+
+
 def source(records, script):
-    """Command, cost and origin of the numbers, and STALE when their settings or sections 2 to 6 have changed since."""
-    lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
-    runs = dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines)
+    """Command, cost and origin of the numbers, and STALE where the script has changed since."""
     form = "{device}, {threads} threads, torch {versions[torch]}, commit {commit!s:.10}"
     facts = dict.fromkeys(form.format(**r) for r in records)
     seeds = ", ".join(str(r["seed"]) for r in records)
     minutes = statistics.fmean(r["minutes"] for r in records)
-    stale = ", **STALE**" if any(r["method_hash"] != hash_now(script, r["argv"]) for r in records) else ""
-    return (f"{' and '.join(runs)}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
-            f"{' and '.join(facts)}{stale}\n")
+    return (f"{' and '.join(commands(records))}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
+            f"{' and '.join(facts)}{', **STALE**' if stale(records, script) else ''}\n")
 
 
-def render(key, columns, named, root):
-    """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
+def read(key, root):
+    """The records of a key in the order of their seeds, and their script."""
     paths = [p for p in (root / "results").glob("*.json") if re.fullmatch(re.escape(key) + r"-s\d+", p.stem)]
     records = sorted((json.loads(path.read_text()) for path in paths), key=lambda r: r["seed"])
     if not records:
         raise ValueError(f"there is no results/{key}-s<seed>.json")
-    script = load(root / f"{records[0]['script']}.py")
+    return records, load(root / f"{records[0]['script']}.py")
+
+
+def summary(lines, root):
+    """The table of all scripts: for each line its claim, our number, the baseline's, verdict, cost and evidence."""
+    rows = [["script", "claim", "ours", "baseline", "verdict", "command", "min", "evidence"], ["---"] * 8]
+    for key, claim, *measures in (re.split(r" *\| *", line) for line in lines):
+        records, script = read(key, root)
+        same = [c for r in records for c in r["claims"] if c["id"] == claim]
+        cells = [[r["metrics"][m] for r in records if m in r["metrics"]] for m in measures]
+        if len(measures) != 2 or not same or not all(cells):
+            raise ValueError(f"{key}: no claim {claim} or no measure {', '.join(measures)}")
+        mean, interval, _ = over_seeds(same)
+        outcome = "STALE" if stale(records, script) else script.verdict(mean, interval, same[0]["threshold"])
+        name, first = records[0]["script"], f"results/{key}-s{records[0]['seed']}.json"
+        rows.append([f"[{name}.py]({name}.py)", claim,
+                     *(f"{cell(v, len(records))} ({m})" for v, m in zip(cells, measures)), outcome,
+                     " and ".join(commands(records)), f"{statistics.fmean(r['minutes'] for r in records):.1f}",
+                     f"[n = {len(records)}]({first})"])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def render(key, columns, named, root):
+    """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
+    records, script = read(key, root)
     parts = table(records, columns), claims(records, script.verdict, named), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
@@ -141,7 +182,14 @@ def generate(text, root):
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
 
-    new = REGION.sub(fill, text)
+    def fill_summary(match):
+        try:
+            return f"{match[1]}\n{summary(match[2].strip().splitlines(), root)}\n{match[3]}"
+        except ValueError as error:
+            mistakes.append(f"summary: {error}")
+            return match[0]
+
+    new = SUMMARY.sub(fill_summary, REGION.sub(fill, text))
     if not text.count("<!-- results") == text.count("<!-- end results") == len(REGION.findall(text)):
         mistakes.append("README.md has a result region that is not well formed")
     for path in sorted((root / "results").glob("*.json")):

@@ -240,6 +240,22 @@ def test_readme_says_how_many_seeds_measured_a_claim(repository):
     assert "c1: 3, 95 % interval of the run [0, 9]" in text and "(measured in 1 of 3 seeds)" in text
 
 
+def test_readme_summary(repository, capsys):
+    """A row per script: ours and the baseline's measure over seeds, the verdict over seeds, STALE where it changed."""
+    spec = "<!-- summary\ntoy-t-small-main | c1 | a/nll | b/nll\n-->\nformer\n<!-- end summary -->\n"
+    (repository / "README.md").write_text(REGION + spec)
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    row = (repository / "README.md").read_text().splitlines()[-3]
+    assert row == ("| [toy.py](toy.py) | c1 | 2.0 ± 1.0 (a/nll) | 0.1 (b/nll) | HOLDS | `python toy.py --seed S` | 2.0 "
+                   "| [n = 3](results/toy-t-small-main-s0.json) |")
+    edit(repository / "results" / "toy-t-small-main-s0.json", method_hash="h0")
+    assert readme.main(["--write"], repository) == 0
+    assert "| STALE |" in (repository / "README.md").read_text()
+    for wrong in (spec.replace("c1", "c9"), spec.replace("a/nll", "a/speed"), spec.replace(" | b/nll", "")):
+        (repository / "README.md").write_text(REGION + wrong)
+        assert readme.main(["--write"], repository) == 1 and "summary: toy-t-small-main" in capsys.readouterr().out
+
+
 def test_interval_uses_the_t_quantile_beyond_the_table():
     """t(0.975, 11) = 2.200985 and t(0.975, 29) = 2.045230 in printed tables."""
     for n, t in ((12, 2.200985), (30, 2.045230)):
