@@ -66,6 +66,7 @@ import sys
 import sysconfig
 import time
 import timeit
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -669,6 +670,14 @@ def cli(config, scales, argv=None):
     given = vars(parser.parse_args(argv))
     scale, task = given.get("scale", config.scale), given.get("task", config.task)
     return config(**{**scales[scale], **scales.get(f"{scale}:{task}", {}), **given})
+
+
+def from_shell(main):
+    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
 
@@ -689,7 +698,10 @@ def start_run(cfg, script):
     if (out / "state.pt").exists() and not cfg.resume:
         fail(f"{out} holds an interrupted run: continue it with --resume, or remove it")
     settings, saved = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}, out / "config.json"
-    before = json.loads(saved.read_text()) if cfg.resume and saved.exists() else settings
+    try:
+        before = dict(json.loads(saved.read_text())) if cfg.resume and saved.exists() else settings
+    except (ValueError, TypeError):
+        fail(f"{saved} is damaged: remove {out} and start again")
     if before != settings:
         changed = [k for k in settings if before.get(k) != settings[k]]
         fail(f"--resume needs the flags of the interrupted run, different are: {', '.join(changed)}")
@@ -792,19 +804,28 @@ def replace_file(path, content):
 def save_state(run, **state):
     """All that a run needs to continue, in one file: its parts, the length of the log. Random numbers are to be drawn
     from (seed, step), so that there is no state of a generator to save."""
+    if run.rank:
+        return
     log, buffer = run.out / "log.jsonl", io.BytesIO()
     state |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    torch.save(state | dict(log=log.stat().st_size if log.exists() else 0), buffer)
-    if not run.rank:
-        replace_file(run.out / "state.pt", buffer.getvalue())
+    state |= dict(flags=(run.out / "config.json").read_text(), log=log.stat().st_size if log.exists() else 0)
+    torch.save(state, buffer)
+    replace_file(run.out / "state.pt", buffer.getvalue())
 
 
 def load_state(run):
     """What save_state saved, {} if there is nothing; the log is cut to its length at that time."""
-    if not (run.out / "state.pt").exists():
+    path = run.out / "state.pt"
+    if not path.exists():
         (run.out / "log.jsonl").unlink(missing_ok=True)
         return {}
-    state = torch.load(run.out / "state.pt", map_location="cpu", weights_only=True)
+    try:  # torch.load does not compare the checksums that torch.save writes
+        damaged = zipfile.ZipFile(path).testzip()
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged archive raises nearly anything
+        state = {}
+    if state.get("flags") != (run.out / "config.json").read_text():
+        fail(f"{path} is damaged, or not of the run of config.json: remove {run.out} and start again")
     if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
         print("note: the number of threads or torch has changed: the result will not be the same to the bit")
     if (run.out / "log.jsonl").exists() and not run.rank:
@@ -989,4 +1010,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from_shell(main)

@@ -67,6 +67,7 @@ import sys
 import time
 import timeit
 import unicodedata
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -894,6 +895,14 @@ def cli(config, scales, argv=None):
     given = vars(parser.parse_args(argv))
     scale, task = given.get("scale", config.scale), given.get("task", config.task)
     return config(**{**scales[scale], **scales.get(f"{scale}:{task}", {}), **given})
+
+
+def from_shell(main):
+    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
 
@@ -914,7 +923,10 @@ def start_run(cfg, script):
     if (out / "state.pt").exists() and not cfg.resume:
         fail(f"{out} holds an interrupted run: continue it with --resume, or remove it")
     settings, saved = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}, out / "config.json"
-    before = json.loads(saved.read_text()) if cfg.resume and saved.exists() else settings
+    try:
+        before = dict(json.loads(saved.read_text())) if cfg.resume and saved.exists() else settings
+    except (ValueError, TypeError):
+        fail(f"{saved} is damaged: remove {out} and start again")
     if before != settings:
         changed = [k for k in settings if before.get(k) != settings[k]]
         fail(f"--resume needs the flags of the interrupted run, different are: {', '.join(changed)}")
@@ -1017,19 +1029,28 @@ def replace_file(path, content):
 def save_state(run, **state):
     """All that a run needs to continue, in one file: its parts, the length of the log. Random numbers are to be drawn
     from (seed, step), so that there is no state of a generator to save."""
+    if run.rank:
+        return
     log, buffer = run.out / "log.jsonl", io.BytesIO()
     state |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    torch.save(state | dict(log=log.stat().st_size if log.exists() else 0), buffer)
-    if not run.rank:
-        replace_file(run.out / "state.pt", buffer.getvalue())
+    state |= dict(flags=(run.out / "config.json").read_text(), log=log.stat().st_size if log.exists() else 0)
+    torch.save(state, buffer)
+    replace_file(run.out / "state.pt", buffer.getvalue())
 
 
 def load_state(run):
     """What save_state saved, {} if there is nothing; the log is cut to its length at that time."""
-    if not (run.out / "state.pt").exists():
+    path = run.out / "state.pt"
+    if not path.exists():
         (run.out / "log.jsonl").unlink(missing_ok=True)
         return {}
-    state = torch.load(run.out / "state.pt", map_location="cpu", weights_only=True)
+    try:  # torch.load does not compare the checksums that torch.save writes
+        damaged = zipfile.ZipFile(path).testzip()
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged archive raises nearly anything
+        state = {}
+    if state.get("flags") != (run.out / "config.json").read_text():
+        fail(f"{path} is damaged, or not of the run of config.json: remove {run.out} and start again")
     if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
         print("note: the number of threads or torch has changed: the result will not be the same to the bit")
     if (run.out / "log.jsonl").exists() and not run.rank:
@@ -1206,13 +1227,12 @@ def load_real(folder, shape):
     """The checkpoint in fp32 on the CPU."""
     with torch.device("meta"):
         model = Decoder(shape)
-    tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
-    if shape.tied:
-        tensors.pop("lm_head.weight", None)
     try:
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        fail(f"{folder}: weights do not fit config.json: {str(error).splitlines()[1].strip()[:200]}")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        fail(f"{folder}: weights that cannot be read or do not fit config.json: {' '.join(str(error).split())[:200]}")
     return model
 
 
@@ -1425,4 +1445,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from_shell(main)

@@ -2,8 +2,9 @@
 # Copyright (c) 2026 the authors
 """What every test file shares: running a script alone, kill and resume, bad input, markers, time limits.
 
---real, --peers and --battery switch on the tests with that marker. A test that starts a script as a process
-is marked slow by itself (`-m "not slow"` leaves the quick ones). TEST_TIME_FACTOR scales the time limits.
+--real, --peers and --battery switch on the tests with that marker; `-m battery` runs these alone. A test that starts
+a script as a process is marked slow by itself (`-m "not slow"` leaves the quick ones). TEST_TIME_FACTOR scales the
+time limits.
 """
 import collections
 import functools
@@ -206,7 +207,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
-    missing = {name: f"needs --{name}" for name in OPT_IN if not config.getoption(name)}
+    missing = {name: f"needs --{name}" for name in OPT_IN
+               if not config.getoption(name) and name not in config.getoption("-m").split()}
     missing |= {} if torch.cuda.is_available() else {"gpu": "needs CUDA"}
     for item in items:
         if {"alone", "smoke", "kill_and_resume"} & set(getattr(item, "fixturenames", ())):
