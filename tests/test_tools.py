@@ -9,6 +9,7 @@ from pathlib import Path
 
 import blocks
 import mutate
+import peers
 import pytest
 import readme
 
@@ -113,6 +114,16 @@ def test_options_and_time_limit_of_a_session(tmp_path, monkeypatch):
     assert status == 0 and "2 passed" in text
     status, text = session("0.001")
     assert status == 1 and "1 passed, 1 skipped" in text and "TOO SLOW tests/deep/test_x.py: 0.1 s" in text
+
+
+def test_peers_keeps_what_the_scripts_print(tmp_path, capsys):
+    for name, body in (("good", "print('ours 2 x')"), ("bad", "raise SystemExit(3)")):
+        (tmp_path / f"speed_{name}.py").write_text(f'"""Title of {name}.\n\nHow."""\n{body}\n')
+    peers.main(tmp_path, sorted(tmp_path.glob("speed_*.py")))
+    found = json.loads((tmp_path / "peers.json").read_text())["found"]
+    assert found == dict(bad=["ended with status 3"], good=["ours 2 x"])
+    text = (tmp_path / "peers.md").read_text()
+    assert "## Title of good.\n\nHow.\n\n```\nours 2 x\n```\n" in text and "torch 2" in text
 
 
 # ---------------------------------------------------------------- blocks.py

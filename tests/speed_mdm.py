@@ -2,7 +2,7 @@
 # Copyright (c) 2026 the authors
 """mdm.py's speed beside a plain peer: Hugging Face's GPT-2 of the same size, on the same batches of sudoku.
 
-python tests/speed.py [--size tiny] [--batch 32]   # needs transformers; run it on an idle machine
+python tests/speed_mdm.py [--size tiny] [--batch 32]   # needs transformers; run it on an idle machine
 
 Training: one step = forward, backward, AdamW. Decoding: answers a second at batch 1 and 256, greedy with a cache (the
 peer: generate) or in 20 calls (mdm). Peer, ar and mdm have the paper's 164 positions; "in place" is mdm on 81.
