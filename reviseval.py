@@ -597,14 +597,6 @@ def tiny_shape(cfg):
                            vocab_size=len(TOKENS), rope_theta=100))  # positions up to 100, not 10,000
 
 
-def hidden_states(model, ids):
-    """Normed outputs (B, L, d) of a decoder for ids (B, L), padded on the right: no token sees the padding."""
-    x, turn = model.embed_tokens(ids), model.turn(torch.arange(ids.shape[1], device=ids.device)[None])
-    for layer in model.layers:
-        x = layer(x, turn)
-    return model.norm(x)
-
-
 def pad_right(rows, device):
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)  # (B, L)
 
@@ -690,24 +682,23 @@ def greedy_f1(a, b, a_mask, b_mask, a_weight, b_weight, kernels=False):
     return p, r, (2 * p * r / (p + r)).nan_to_num(0)
 
 
-def bert_score(embed, pairs, kernels=False, size=64):
-    """F of (text, reference) pairs. embed(texts): token vectors (B, L, d), what counts (B, L), weights (B, L)."""
-    texts = list(dict.fromkeys(itertools.chain(*pairs)))  # each is read once
+def bert_score(embed, pairs, kernels=False, size=16, length=len):
+    """F of (text, reference) pairs; each text is read once. embed(texts): token vectors (B, L, d), what counts (B, L),
+    weights (B, L). length(text): its tokens, or about, so that few of a batch are padding."""
+    texts = list(dict.fromkeys(itertools.chain(*pairs)))
 
     def read(part):
-        x, mask, weight = embed(part)
-        return [(F.normalize(v[m], dim=-1), w[m]) for v, m, w in zip(x, mask, weight)]
+        return [(F.normalize(v[m], dim=-1), w[m]) for v, m, w in zip(*embed(part))]
 
-    known = dict(zip(texts, in_batches(texts, size, read)))
+    known = dict(zip(texts, in_batches(texts, size, read, length)))
+
+    def side(column):
+        vectors, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in zip(*map(known.get, column)))
+        return vectors, vectors.any(2), weights  # (B, L, d), (B, L), (B, L)
 
     def match(part):
-        sides = []
-        for column in zip(*part):
-            rows = zip(*map(known.get, column))
-            vectors, weights = (nn.utils.rnn.pad_sequence(tensors, batch_first=True) for tensors in rows)
-            sides.append((vectors, vectors.any(2), weights))
-        (a, a_mask, a_w), (b, b_mask, b_w) = sides
-        return greedy_f1(a, b, a_mask, b_mask, a_w, b_w, kernels)[2].tolist()
+        (a, a_mask, a_weight), (b, b_mask, b_weight) = map(side, zip(*part))
+        return greedy_f1(a, b, a_mask, b_mask, a_weight, b_weight, kernels)[2].tolist()
 
     return in_batches(pairs, size, match, lambda pair: max(len(known[text][0]) for text in pair))
 
@@ -724,11 +715,14 @@ def token_logp(h, w, target, kernels=False):
 def mean_logp(model, pairs, kernels=False, size=64):
     """BARTScore of one direction: mean log-probability of the target's tokens, for (context, target) in tokens."""
     def work(part):
-        ids = pad_right([context + target for context, target in part], model.norm.weight.device)
-        row = torch.tensor([i for i, (_, target) in enumerate(part) for _ in target], device=ids.device)
+        ids = pad_right([context + target for context, target in part], model.norm.weight.device)  # (B, L)
+        row = torch.tensor([i for i, (_, target) in enumerate(part) for _ in target], device=ids.device)  # (T,)
         at = torch.tensor([len(context) + j for context, target in part for j in range(len(target))], device=ids.device)
+        x, turn = model.embed_tokens(ids), model.turn(torch.arange(ids.shape[1], device=ids.device)[None])
+        for layer in model.layers:
+            x = layer(x, turn)  # no token sees the padding: it is on the right
         weight = (model.lm_head or model.embed_tokens).weight
-        logp = token_logp(hidden_states(model, ids[:, :-1])[row, at - 1], weight, ids[row, at], kernels)
+        logp = token_logp(model.norm(x[row, at - 1]), weight, ids[row, at], kernels)
         return logp.new_zeros(len(part)).index_add(0, row, logp).div(torch.bincount(row)).tolist()
 
     return in_batches(pairs, size, work, lambda pair: len(pair[0]) + len(pair[1]))
@@ -745,16 +739,13 @@ def choice(model, prompts, options, size=64):
     return np.array(in_batches(prompts, size, work))
 
 
-def measure(texts, references, embed=None, bart=None, kernels=False):
+def measure(texts, references, real=None):
     """Scores {"metric/kind": (N,)} of texts (N,) against references {kind: (N,) texts}, NaN where one is "". Equal
-    pairs are measured once. embed: see bert_score; bart: pairs to means of log p(y | r) and log p(r | y)."""
+    pairs are measured once. real: further metrics {name: function of (text, reference) pairs}."""
     unique = list(dict.fromkeys(pair for column in references.values() for pair in zip(texts, column) if pair[1]))
     rows, table = [classic(*pair) for pair in unique], {}
     found = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    if embed and unique:
-        found["bertscore"] = bert_score(embed, unique, kernels)
-    if bart and unique:
-        found["bartscore"] = bart(unique)
+    found |= {name: score(unique) for name, score in (real or {}).items() if unique}
     for name, scores in found.items():
         known = dict(zip(unique, scores))
         table |= {f"{name}/{kind}": np.array([known.get(pair, math.nan) for pair in zip(texts, column)], float)
@@ -1064,17 +1055,18 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
     """The same for pairs (P, 2) of responses with labels (P,), 1: the first is better, or -1. Accuracy, where no
     preference counts half, of all pairs and of those whose worse answer is longer. Columns "0", "1", ... of the table
     are scores against the revision of that response to the source; `more`: preferences made elsewhere."""
-    preferences, metrics, draws = {}, {"pairs/none": len(label)}, {}
-    size = 1 + max((int(key[-1]) for key in table if key[-1].isdigit()), default=0)
+    preferences, metrics, bias, draws = {}, {"pairs/none": len(label)}, {}, {}
+    size = 1 + max((int(key[-1]) for key in table if key[-1].isdigit()), default=0)  # responses to a source
     for key, x in table.items():
         name, kind = key.split("/")
         if kind == "0":
-            square = np.stack([table[f"{name}/{j}"] for j in range(size)], 1)[pair[:, :, None], pair[:, None] % size]
+            against = np.stack([table[f"{name}/{j}"] for j in range(size)], 1)  # (N, size)
+            square = against[pair[:, :, None], pair[:, None] % size]  # (P, 2, 2), see prefer
             for protocol in ("random", "own", "both"):  # with --pair-ref random the others are not known
                 preferences[f"{name}/{protocol}"] = prefer(square, protocol, primary)
             preferences[f"{name}/adapted"] = preferences[f"{name}/{cfg.pair_ref}"]
             wins = 0.5 + preferences[f"{name}/random"] * (1 - 2 * primary) / 2  # 1: the anchor decides; no bias: 0.5
-            metrics[f"{name} primary wins/random"] = float(wins.mean())
+            bias[f"{name} primary wins/random"] = float(wins.mean())
         elif not kind.isdigit() and kind != "adapted":
             preferences[key] = np.sign(x[pair[:, 0]] - x[pair[:, 1]])
     preferences = {key: x for key, x in (preferences | dict(more)).items() if not np.isnan(x).all()}
@@ -1085,7 +1077,7 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
         draws |= {f"{name} {what}/{kind}": (rows, redo(rows), redo)
                   for what, rows in (("pairs", ok), ("longer", ok & longer))}
         metrics |= {} if ok.all() else {f"{name} pairs n/{kind}": int(ok.sum())}
-    return metrics | {key: float(x[0]) for key, (_, x, _) in draws.items()}, draws, preferences
+    return metrics | {key: float(x[0]) for key, (_, x, _) in draws.items()} | bias, draws, preferences
 
 
 def evaluate_world(cfg, run, tiny, rows, real):
@@ -1099,7 +1091,7 @@ def evaluate_world(cfg, run, tiny, rows, real):
     everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(S)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
-    table |= measure(texts, everything, *real, cfg.kernels)
+    table |= measure(texts, everything, real)
     for kind, column in ({"none": None} | everything).items():
         pause(run)
         table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
@@ -1114,18 +1106,11 @@ def evaluate_world(cfg, run, tiny, rows, real):
     return metrics, draws | more
 
 
-def taus(rows, texts):
-    """tau of each metric of the responses against texts."""
-    scores = measure([row["response"] for row in rows], dict(texts=texts))
-    return {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
-
-
-def measure_budget(tiny, rows):
-    """What reviser and judge are worth at one budget: competence, metrics against revisions, verdicts without any."""
-    revisions, texts = tiny.revise(rows), [row["response"] for row in rows]
-    x, quality = tiny.judge([row["source"] for row in rows], texts)[1], np.array([row["quality"] for row in rows])
-    found = competence(rows, revisions) | taus(rows, revisions)
-    return {key: float(x) for key, x in found.items()} | dict(verdict=tau_b(x[x == x], quality[x == x]))
+def worth(rows, revisions):
+    """What a reviser is worth: its competence, and tau of each metric of the responses against its revisions."""
+    scores, quality = measure([row["response"] for row in rows], dict(r=revisions)), [row["quality"] for row in rows]
+    found = competence(rows, revisions) | {key.split("/")[0]: tau_b(x, quality) for key, x in scores.items()}
+    return {name: float(x) for name, x in found.items()}
 
 
 def judge_scores(rows, judged):
@@ -1633,8 +1618,8 @@ def load_real(folder):
 
 
 def real_metrics(cfg, device):
-    """embed and bart, see measure, from --encoder and --scorer; None where none is named."""
-    embed = bart = None
+    """{metric: (text, reference) pairs to scores} of the networks that --encoder and --scorer name."""
+    found = {}
     if cfg.encoder:
         encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
 
@@ -1644,31 +1629,33 @@ def real_metrics(cfg, device):
             weight[:, 0] = 0
             return x, mask, weight.scatter(1, mask.sum(1, keepdim=True) - 1, 0)  # CLS and SEP
 
+        length = functools.cache(lambda text: len(wordpieces(text, encoder.vocab, encoder.lower)))
+        found["bertscore"] = lambda pairs: bert_score(embed, pairs, cfg.kernels, length=length)
     if cfg.scorer:
         folder = fetch_model(cfg.scorer)
-        model, encode = load_real(folder).to(device).eval(), load_tokenizer(folder).encode
+        model, tok = load_real(folder).to(device).eval(), load_tokenizer(folder)
 
-        def bart(pairs):  # a causal model needs a phrase that asks for a paraphrase (our choice)
+        def bart_score(pairs):  # a causal model needs a phrase that asks for a paraphrase (our choice)
             both = [side for y, r in pairs for side in ((r, y), (y, r))]
-            tokens = [(encode(a + " In other words,")[-400:], encode(" " + b)[:400]) for a, b in both]
+            tokens = [(tok.encode(a + " In other words,")[-400:], tok.encode(" " + b)[:400]) for a, b in both]
             return np.array(mean_logp(model, tokens, cfg.kernels, 8)).reshape(-1, 2).mean(1)
 
-    return embed, bart
+        found["bartscore"] = bart_score
+    return found
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network."""
     if cfg.task == "data":
-        text = "word " * 200
-        rows = read_data(cfg) if cfg.data else [dict(group=i, source=text, a=text, b=text) for i in range(1000)]
+        rows = read_data(cfg) if cfg.data else [dict(group=i, source="", a="word " * 300, b="") for i in range(1000)]
         arms, sides, words = cfg.arms.split(","), len(answers_of(rows[0])), [len(str(row).split()) for row in rows]
         before = len(rows) * (sides if cfg.pair_ref != "random" else 1) * bool({"adapted", "mismatched"} & set(arms))
         before += len({row["group"] for row in rows}) * ("direct" in arms)
         calls = before + len(rows) * sides * (1 + len(arms))
         return print(f"{len(rows)} rows: {calls} calls at most, {before} of them for references, repeats aside, "
                      f"{1.4 * calls * (1.5 * np.mean(words) + 150):.1e} tokens (1.4 a word, replies of 150 words)")
-    with torch.device("meta"):
-        n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
+    shape, d = tiny_shape(cfg), cfg.n_embd
+    n = d * (len(TOKENS) + 1 + cfg.n_layer * (4 * d + 3 * shape.n_mlp + 2))
     tokens = len(ROLES) * cfg.steps * cfg.batch_size * 60
     memory = (16 * n + cfg.batch_size * 80 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
     print(f"{len(ROLES)} x {n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, loss "
@@ -1682,16 +1669,15 @@ def plot_world(path, metrics):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key)]
+    steps = sorted(int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key))
+    by_step = lambda name: [metrics[f"step {step}/{name}"] for step in steps]
     for name in ("bleu", "rougeL", "edit", "verdict"):
-        label = "judge without reference" if name == "verdict" else f"{name} with r*"
-        left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".", label=label)
+        left.plot(steps, by_step(name), marker=".", label=f"{name} with r*" if name != "verdict" else "judge without")
     left.axhline(metrics.get("bleu/human", math.nan), color="gray", linestyle=":", label="bleu with human reference")
     left.set(xlabel="optimizer steps of the tiny model", ylabel="Kendall's tau-b with quality")
     dots = right.scatter(*zip(*GRID), c=[metrics[f"scripted {f} {d}/bleu"] for f, d in GRID], s=120, vmin=0, vmax=0.8)
     figure.colorbar(dots, label="tau of BLEU, scripted revisers")
-    right.plot(*([metrics[f"step {step}/{what}"] for step in steps] for what in ("p_fix", "p_dmg")), "k.-",
-               label="tiny model, by budget")
+    right.plot(by_step("p_fix"), by_step("p_dmg"), "k.-", label="tiny model, by budget")
     right.set(xlabel="p_fix: errors mended", ylabel="p_dmg: right slots broken", xlim=(0, 1.05), ylim=(-0.03, 0.6))
     for side in (left, right):
         side.legend(fontsize="small")
@@ -1704,7 +1690,7 @@ def rows_of(metrics, draws):
     for key, x in metrics.items():
         name, _, column = key.rpartition("/")
         low, high = interval(draws[key][1])[1] if key in draws and math.isfinite(x) else (x, x)
-        text = str(x) if type(x) is int else f"{x:.3f}"
+        text = str(x) if type(x) is int else f"{x:.3f}" if math.isfinite(x) else "-"
         table.setdefault(name, {})[column] = text + (f" ±{(high - low) / 2:.3f}" if high > low else "")
     return [c for c in COLUMNS if any(c in row for row in table.values())], table
 
@@ -1719,24 +1705,35 @@ def marked(old, new):
     return [" ".join(side) for side in sides]
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.2em .6em;text-align:right}
-th:first-child,.t{text-align:left;vertical-align:top}.w{width:48%;overflow-wrap:anywhere}
-p{white-space:pre-wrap;overflow-wrap:anywhere}del{background:#fcc}ins{background:#cfc}del,ins{text-decoration:none}"""
+STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui;max-width:72em;margin:auto;padding:1em}
+div{overflow-x:auto}div .t{position:sticky;left:0;background:Canvas}table{border-collapse:collapse}th,td{border:1px solid #8888;padding:.2em .6em;text-align:right}
+div td{white-space:nowrap}th:first-child,.t{text-align:left;vertical-align:top}details{margin:1em 0}
+details table{width:100%;table-layout:fixed}p,details td{white-space:pre-wrap;overflow-wrap:anywhere}
+del,ins{text-decoration:none;background:#f004}ins{background:#0a04}
+.bar{background:linear-gradient(90deg,#0000 49%,#888 49% 51%,#0000 51%),linear-gradient(90deg,#48f6 var(--p),#0000 0)}"""
+BIAS = re.compile("primary wins|judge (first|consistent)")  # shares that the page shows as bars
 
 
 def write_report(path, cfg, metrics, draws, worst):
     """One self-contained page. Texts come from data and models: all are escaped, and the page has no script."""
     columns, table = rows_of(metrics, draws)
-    lines = "".join(f"<tr><td class=t>{html.escape(name)}<td>{'<td>'.join(row.get(c, '') for c in columns)}"
+
+    def cell(name, column):
+        text = table[name].get(column, "")
+        bar = text and BIAS.search(name) and f" class=bar style='--p:{metrics[f'{name}/{column}']:.0%}'"
+        return f"<td{bar or ''}>{text}"
+
+    lines = "".join(f"<tr><td class=t>{html.escape(name)}{''.join(cell(name, c) for c in columns)}"
                     for name, row in table.items() if set(row) & set(columns))
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
-            f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
-            "Kendall's tau-b, Spearman's rho, mean tau-b within a source; for pairs accuracy, and that where the worse "
-            "answer is the longer one. Without bias the first place and the answer that was revised win in a half.</p>"
-            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table><h2>Worst disagreements</h2>"]
+    page = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            f"<title>RevisEval</title><style>{STYLE}</style><h1>RevisEval: {html.escape(Path(cfg.data).name)}</h1>"
+            "<p>Agreement with people by scorer and reference, ± half its 95 % interval: Kendall's tau-b, Spearman's "
+            "rho, mean tau-b within a source; of pairs accuracy, also where the worse answer is longer. Columns random, "
+            "own, both: by the revision of one answer, of each its own, of both. Bars: without bias the first place "
+            "and the answer that was revised win in a half (the tick); consistent: one winner in both orders.</p><div>"
+            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table></div><h2>Worst disagreements</h2>"]
     for row in worst:
-        sides = "<tr>".join("<td class='t w'>{}<td class='t w'>{}".format(*marked(*pair)) for pair in row["pairs"])
+        sides = "<tr>".join("<td class=t>{}<td class=t>{}".format(*marked(*pair)) for pair in row["pairs"])
         page.append(f"<details open><summary>{html.escape(row['title'])}</summary><p>{html.escape(row['source'])}</p>"
                     f"<table><tr><th>answer<th class=t>adapted (else human) reference<tr>{sides}</table></details>")
     replace_file(Path(path), "".join(page).encode("utf-8", "replace"))
@@ -1770,7 +1767,10 @@ def run_world(cfg, run, state, rows, real):
         for role, model in models.items():
             model.load_state_dict(load_file(run.out / f"{role}-{step}.safetensors"))
         if str(step) not in done:
-            done[str(step)] = measure_budget(Tiny(models), rows)
+            tiny = Tiny(models)
+            verdict = tiny.judge([row["source"] for row in rows], [row["response"] for row in rows])[1]
+            ok, quality = ~np.isnan(verdict), np.array([row["quality"] for row in rows])
+            done[str(step)] = worth(rows, tiny.revise(rows)) | dict(verdict=tau_b(verdict[ok], quality[ok]))
             save_state(run, **run.keep, seconds=time.perf_counter() - run.began)
         pause(run)
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
@@ -1781,7 +1781,7 @@ def run_world(cfg, run, state, rows, real):
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
     for f, d in GRID:  # where is the break-even line of a reviser of known competence?
         rng = random_of("scripted", f, d)
-        made = taus(rows, [say(repair(row["record"], row["clauses"], rng, f, d)) for row in rows])
+        made = worth(rows, [say(repair(row["record"], row["clauses"], rng, f, d)) for row in rows])
         metrics |= {f"scripted {f} {d}/{name}": x for name, x in made.items()}
     plot_world(run.out / "plot.png", metrics)
     return metrics, draws
@@ -1789,16 +1789,15 @@ def run_world(cfg, run, state, rows, real):
 
 def attach_references(cfg, rows, made):
     """Put {"none": "", kind: reference} into each row; made: its row of references.jsonl."""
-    members = {}
+    alike, n = {}, len(rows)
     for i, row in enumerate(rows):
-        members.setdefault(row["group"], []).append(i)
+        alike.setdefault(row["group"], []).append(i)
     adapted = [x["adapted"].get(str(row.get("primary", 0)), dict(text=""))["text"] for row, x in zip(rows, made)]
     for i, row in enumerate(rows):
-        here = members[row["group"]]
+        here = alike[row["group"]]
         other = here[(here.index(i) + 1) % len(here)]
-        if "b" in row or other == i:
-            others = ((i + j) % len(rows) for j in range(1, len(rows)))
-            other = next((j for j in others if rows[j]["group"] != row["group"]), i)
+        if "b" in row or other == i:  # the next row about something else
+            other = next((j % n for j in range(i + 1, i + n) if rows[j % n]["group"] != row["group"]), i)
         found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted[i],
                      mismatched=adapted[other] if other != i else "")
         row["references"] = {"none": ""} | {k: text for k, text in found.items() if text and k in cfg.arms.split(",")}
@@ -1830,8 +1829,7 @@ def run_data(cfg, run, rows, backend, real):
     columns = {kind: column for kind, column in columns.items() if any(column)}
     columns |= {str(j): [x["revised"].get(str(j), dict(text=""))["text"] for x in answers]
                 for j in range(2) if pairs and "adapted" in columns}
-    table = measure([x["response"] for x in answers], columns, *real, cfg.kernels)
-    table |= baselines(answers)
+    table = measure([x["response"] for x in answers], columns, real) | baselines(answers)
     verdicts, more = judge_scores(rows, judged)
     group, truth = (np.array([row[name] for row in rows]) for name in ("group", "label" if pairs else "quality"))
     if pairs:

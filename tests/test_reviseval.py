@@ -34,7 +34,7 @@ def revised(rows, p_fix, p_dmg, seed=0):
 
 def taus(rows, texts):
     """tau of BLEU and ROUGE-L of the responses against texts."""
-    return [m.taus(rows, texts)[name] for name in ("bleu", "rougeL")]
+    return [m.worth(rows, texts)[name] for name in ("bleu", "rougeL")]
 
 
 # ---------------------------------------------------------------- the world
@@ -842,8 +842,8 @@ def test_bert_score_equals_its_peer(tmp_path):
     ).save_pretrained(tmp_path)
     rng, words = random.Random(0), "the cat sat unable a b c , .".split()
     texts = [" ".join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(40)]
-    embed, _ = m.real_metrics(m.Config(encoder=str(tmp_path)), torch.device("cpu"))
-    found = m.bert_score(embed, list(zip(texts, texts[::-1])))
+    score = m.real_metrics(m.Config(encoder=str(tmp_path)), torch.device("cpu"))["bertscore"]
+    found = score(list(zip(texts, texts[::-1])))
     want = peer.score(texts, texts[::-1], model_type=str(tmp_path), num_layers=1)[2]
     assert found == pytest.approx(want.tolist(), abs=1e-5)
 
