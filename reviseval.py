@@ -39,7 +39,8 @@ Differences from the paper, of which the official code, figures and tables were 
   edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
   control     mismatched: the revision of another response to x (pairs, lone responses: to another x); no random text,
               no direct reference of equal length.
-  revising    up to three tries; more than thrice the answer's words is a failure. D.R. at the reviser's temperature.
+  revising    for a revision that is empty, or thrice as long as the answer, the answer stands in. D.R. at the reviser's
+              temperature.
   metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
   left out    tuned LLMs, METEOR, MOVERScore, majority vote, agreement by system, judging by logits outside the world.
 
@@ -229,20 +230,20 @@ def say(clauses):
 
 
 def add_errors(record, clauses, count, mix, rng, ways=KNOWN_WAYS):
-    """A copy of right clauses with `count` errors, each on a slot of its own."""
+    """A copy of right clauses with `count` errors, each on a slot of its own. An error that finds no slot to its kind
+    (extra: one that the record has not; swap: near) is a wrong value, in place of the right one."""
     clauses, fresh = list(clauses), set(record) - {"name"}
     for kind in rng.choices(list(mix), mix.values(), k=count):
         at = {slot: i for i, (slot, *_) in enumerate(clauses)}
-        free = sorted(set(WORLD) - set(at) - set(record))
-        special = free if kind == "extra" else sorted({"near"} & fresh) if kind == "swap" else []
-        slot = rng.choice(special or sorted(fresh))
+        fit = dict(extra=set(WORLD) - set(at) - set(record), swap={"near"} & fresh).get(kind, fresh)
+        slot, kind = rng.choice(sorted(fit or fresh)), kind if fit else "wrong"
         fresh.discard(slot)
-        if kind in ("extra", "contradict") and (kind != "extra" or free):
+        if kind in ("extra", "contradict"):
             new = clause(slot, another(slot, record.get(slot, record["name"]), rng), rng, ways)
             clauses.insert(rng.randint(1, len(clauses)), new)
         elif kind == "omit":
             del clauses[at[slot]]
-        elif kind == "swap" and slot == "near":  # two names take each other's place: two slots are wrong
+        elif kind == "swap":  # two names take each other's place: two slots are wrong
             for i, other in ((0, "near"), (at["near"], "name")):
                 clauses[i] = (clauses[i][0], record[other], *clauses[i][2:])
         else:
@@ -662,9 +663,8 @@ def rouge(text, reference):
 
 
 def classic(text, reference):
-    """Metrics of strings; edit, the words that a revision deletes and inserts, is the plainest way to use an adapted
-    reference. Chosen on dev records, before any evidence, over Levenshtein's distance, which counts a replaced value
-    once but an omitted clause by its words: there its tau with scripted revisers was lower by 0.02 to 0.08."""
+    """Metrics of strings. edit: less the words that a revision deletes and inserts, the plainest way to use one; on
+    dev records its tau with scripted revisers was higher by 0.02 to 0.08 than that of Levenshtein's distance."""
     (r1, r2, r_l), a, b = rouge(text, reference), text.split(), reference.split()
     return dict(bleu=bleu(text, reference), rouge1=r1, rouge2=r2, rougeL=r_l, edit=2 * lcs(a, b) - len(a) - len(b))
 
@@ -762,12 +762,11 @@ def prefer(scores, protocol, primary):
 
 
 # Tiny models as reviser and judge
-MOST_WORDS = 72  # that they write
+MOST_WORDS = 48  # that they write; the longest text of the world has 37
 
 
 class Tiny:
     """A tiny model for each role, {role: model}; greedy."""
-
     def __init__(self, models):
         self.models = {role: model.eval() for role, model in models.items()}
 
@@ -855,35 +854,19 @@ def clean_revision(reply, answer):
     return inner if text == f'"{text[1:-1]}"' and '"' not in inner and not begin.startswith('"') else text
 
 
-def revise_all(backend, cfg, jobs, key=()):
-    """r* of jobs (source, answer, other answer): asked for up to three times if a reply is empty or more than three
-    times as long as the answer; then the answer itself stands in, and "failed" says so."""
-    found = [dict(failed=True)] * len(jobs)
-    for attempt in range(3):
-        todo = [i for i, last in enumerate(found) if last["failed"]]
-        requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
-        for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
-            text = clean_revision(reply, answer := jobs[i][1])[:MOST_CHARACTERS]
-            failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
-            text = answer if failed else text
-            found[i] = dict(text=text, failed=failed, identity=text.split() == answer.split())
-    return found
-
-
 TEMPERATURES = dict(revise=0.3, judge=0.1, free=0.0)  # the judge with and without a reference (official code)
 MOST_CHARACTERS = 20_000  # of a text that a model made
 
 
 class Local:
     """A chat checkpoint as reviser and judge."""
-
     def __init__(self, cfg, run):
         self.cfg, folder, self.tokens = cfg, fetch_model(cfg.model), 0
         self.model, self.tok = load_real(folder).to(run.device, run.dtype).eval(), load_tokenizer(folder)
         ends = self.tok.eos, *map(self.tok.special.get, ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))
         self.stop = [i for i in ends if i is not None]
 
-    def ask(self, contents, temperature, key, index=0):
+    def ask(self, contents, temperature, key):
         g = torch.Generator(self.model.norm.weight.device).manual_seed(random_of(self.cfg.seed, key).getrandbits(60))
 
         def work(part):
@@ -896,16 +879,15 @@ class Local:
 
 class Remote:
     """A chat endpoint as reviser and judge."""
-
     def __init__(self, cfg, run):
         (run.out / "replies").mkdir(exist_ok=True)
         self.cfg, self.chat = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies")
 
     tokens = property(lambda self: self.chat.tokens)
 
-    def ask(self, contents, temperature, key, index=0):
+    def ask(self, contents, temperature, key):
         common = dict(max_tokens=self.cfg.max_new, temperature=temperature)
-        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents])
+        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), 0) for text in contents])
 
 
 def make_direct(cfg, backend, rows):
@@ -916,13 +898,20 @@ def make_direct(cfg, backend, rows):
 
 def make_revisions(cfg, backend, rows):
     """Rows of references.jsonl: revisions {answer: ...}. The reviser of an answer of a pair is shown the other; with
-    --pair-ref random only the primary answer is revised. (official code)"""
+    --pair-ref random only the primary answer is revised. (official code) Where a reply is empty or more than three
+    times as long as the answer, the answer itself stands in, and "failed" says so. (our choice)"""
     made = [dict(id=row["id"], adapted={}) for row in rows]
     asked = [(row, target, j) for row, target in zip(rows, made) for j in range(len(answers_of(row)))
              if "b" not in row or cfg.pair_ref != "random" or j == row["primary"]]
-    jobs = [(row["source"], answers_of(row)[j], row["ba"[j]] if "b" in row else "") for row, _, j in asked]
-    for (_, target, j), found in zip(asked, revise_all(backend, cfg, jobs, ("references", rows[0]["id"]))):
-        target["adapted"][str(j)] = found
+    requests = [revise_request(cfg.rubric, row["source"], answers_of(row)[j], row["ba"[j]] if "b" in row else "")
+                for row, _, j in asked]
+    replies = backend.ask(requests, TEMPERATURES["revise"], ("references", rows[0]["id"]))
+    for (row, target, j), reply in zip(asked, replies):
+        answer = answers_of(row)[j]
+        text = clean_revision(reply, answer)[:MOST_CHARACTERS]
+        failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
+        text = answer if failed else text
+        target["adapted"][str(j)] = dict(text=text, failed=failed, identity=text.split() == answer.split())
     return made
 
 
@@ -1013,10 +1002,10 @@ def competence(rows, revisions):
     """p_fix: share of the errors of responses that a revision mends. p_dmg: share of the right slots that it breaks.
     identity: share of right responses that come back unchanged."""
     before, after = (np.array([list(slot_errors(row["record"], text).values()) for row, text in zip(rows, texts)])
-                     for texts in ([row["response"] for row in rows], revisions))
-    stated = np.array([[slot in row["record"] for slot in VALUES] for row in rows])
+                     for texts in ([row["response"] for row in rows], revisions))  # (N, slots)
+    asked = np.array([[slot in row["record"] for slot in VALUES] for row in rows])
     same = [row["response"] == text for row, text in zip(rows, revisions) if not row["quality"]]
-    return dict(p_fix=(after[before > 0] == 0).mean(), p_dmg=(after[(before == 0) & stated] > 0).mean(),
+    return dict(p_fix=(after[before > 0] == 0).mean(), p_dmg=(after[(before == 0) & asked] > 0).mean(),
                 identity=np.mean(same))
 
 
@@ -1034,8 +1023,8 @@ def together(draws, *keys):
 
 
 def rating_table(table, quality, group):
-    """Metrics, and draws of tau {key: (which rows it has (N,), draws, rows to draws)}, of scores
-    {"scorer/reference": (N,)}, NaN where there is none. Row n: how many rows, where not all."""
+    """Of scores {"scorer/reference": (N,)}, NaN where there is none: metrics, of which n counts the rows where not all
+    have a score, and {key: (which rows have one (N,), draws of tau, function that draws tau of other rows)}."""
     metrics, draws, weight = {"rows/none": len(quality)}, {}, resampled(group)
     for key, x in table.items():
         (name, kind), ok = key.split("/"), ~np.isnan(x)
@@ -1083,12 +1072,12 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
 def evaluate_world(cfg, run, tiny, rows, real):
     """All arms on the held-out responses: metrics, and draws for the claims."""
     texts, sources, N = [row["response"] for row in rows], [row["source"] for row in rows], len(rows)
-    revisions, own, S = tiny.revise(rows), tiny.write(rows[::SYSTEMS]), SYSTEMS
-    first = [i // S * S for i in range(N)]  # response to the same record
-    columns = dict(human=[row["human"] for row in rows], direct=[own[i // S] for i in range(N)], adapted=revisions,
-                   mismatched=[revisions[first[i] + (i + 1) % S] for i in range(N)])
+    revisions, own = tiny.revise(rows), tiny.write(rows[::SYSTEMS])
+    first = [i - i % SYSTEMS for i in range(N)]  # response to the same record
+    columns = dict(human=[row["human"] for row in rows], direct=[own[i // SYSTEMS] for i in range(N)],
+                   adapted=revisions, mismatched=[revisions[first[i] + (i + 1) % SYSTEMS] for i in range(N)])
     columns = {kind: columns[kind] for kind in cfg.arms.split(",")}
-    everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(S)}
+    everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(SYSTEMS)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
     table |= measure(texts, everything, real)
@@ -1097,7 +1086,7 @@ def evaluate_world(cfg, run, tiny, rows, real):
         table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
         table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
     metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
-    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, first[i] + S) if quality[i] != quality[j]])
+    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, first[i] + SYSTEMS) if quality[i] != quality[j]])
     label, primary = np.sign(quality[pair] @ [1, -1]), np.random.default_rng(cfg.seed).integers(2, size=len(pair))
     found, more, _ = pair_table(cfg, table, pair, label, group[pair[:, 0]], primary)
     metrics |= found | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
@@ -1706,12 +1695,12 @@ def marked(old, new):
 
 
 STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui;max-width:72em;margin:auto;padding:1em}
-div{overflow-x:auto}div .t{position:sticky;left:0;background:Canvas}table{border-collapse:collapse}th,td{border:1px solid #8888;padding:.2em .6em;text-align:right}
+div{overflow-x:auto}table{border-collapse:collapse}th,td{border:1px solid #8888;padding:.2em .6em;text-align:right}
+div .t{position:sticky;left:0;background:Canvas}
 div td{white-space:nowrap}th:first-child,.t{text-align:left;vertical-align:top}details{margin:1em 0}
 details table{width:100%;table-layout:fixed}p,details td{white-space:pre-wrap;overflow-wrap:anywhere}
 del,ins{text-decoration:none;background:#f004}ins{background:#0a04}
-.bar{background:linear-gradient(90deg,#0000 49%,#888 49% 51%,#0000 51%),linear-gradient(90deg,#48f6 var(--p),#0000 0)}"""
-BIAS = re.compile("primary wins|judge (first|consistent)")  # shares that the page shows as bars
+.bar{background:linear-gradient(90deg,#0000 49%,#888 0 51%,#0000 0),linear-gradient(90deg,#48f6 var(--p),#0000 0)}"""
 
 
 def write_report(path, cfg, metrics, draws, worst):
@@ -1720,16 +1709,16 @@ def write_report(path, cfg, metrics, draws, worst):
 
     def cell(name, column):
         text = table[name].get(column, "")
-        bar = text and BIAS.search(name) and f" class=bar style='--p:{metrics[f'{name}/{column}']:.0%}'"
-        return f"<td{bar or ''}>{text}"
+        bar = text and name.endswith(("primary wins", "judge first", "judge consistent"))
+        return f"<td class=bar style='--p:{metrics[f'{name}/{column}']:.0%}'>{text}" if bar else f"<td>{text}"
 
     lines = "".join(f"<tr><td class=t>{html.escape(name)}{''.join(cell(name, c) for c in columns)}"
                     for name, row in table.items() if set(row) & set(columns))
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>RevisEval</title><style>{STYLE}</style><h1>RevisEval: {html.escape(Path(cfg.data).name)}</h1>"
+    page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>"
+            f"RevisEval</title><style>{STYLE}</style><h1>RevisEval: {html.escape(Path(cfg.data).name)}</h1>"
             "<p>Agreement with people by scorer and reference, ± half its 95 % interval: Kendall's tau-b, Spearman's "
-            "rho, mean tau-b within a source; of pairs accuracy, also where the worse answer is longer. Columns random, "
-            "own, both: by the revision of one answer, of each its own, of both. Bars: without bias the first place "
+            "rho, mean tau-b within a source; of pairs accuracy, also where the worse answer is longer. Columns random "
+            "to both: by the revision of one answer, of each its own, of both. Bars: without bias the first place "
             "and the answer that was revised win in a half (the tick); consistent: one winner in both orders.</p><div>"
             f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table></div><h2>Worst disagreements</h2>"]
     for row in worst:
@@ -1747,9 +1736,9 @@ def worst_of(rows, made, scores, truth, count=20):
     gap = -x * y if "b" in rows[0] else np.abs(ranks(x) - ranks(y))
     for at in [i for i in np.argsort(-gap, kind="stable")[:count] if gap[i] > 0]:
         row, revised = rows[known[at]], made[known[at]]["adapted"]
-        said = f"{row['id']}: people {y[at]:.3g}, {key} {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
+        title = f"{row['id']}: people {y[at]:.3g}, {key} {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
         pairs = [(text, revised.get(str(j), dict(text=row["human"]))["text"]) for j, text in enumerate(answers_of(row))]
-        found.append(dict(source=row["source"], title=said, pairs=pairs))
+        found.append(dict(source=row["source"], title=title, pairs=pairs))
     return found
 
 
