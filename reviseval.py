@@ -1812,6 +1812,7 @@ def run_data(cfg, run, rows, backend, real):
         judged = make("judgments", make_judgments, rows)
         for name, part in (("references", own + made), ("verdicts", judged)):
             metrics[f"tokens/{name}"] = sum(row.get("tokens", 0) for row in part)
+        metrics["tokens/per verdict"] = metrics["tokens/verdicts"] / sum(len(row["verdicts"]) for row in judged)
     answers = [dict(row=row, revised=x["adapted"], source=row["source"], response=text)
                for row, x in zip(rows, made) for text in answers_of(row)]
     columns = {kind: [x["row"]["references"].get(kind, "") for x in answers] for kind in arms}

@@ -551,9 +551,9 @@ def test_pairs_through_an_endpoint(chat, tmp_path, capsys):
     for path in ("result.json", "state.pt"):
         (tmp_path / "x" / path).unlink()
     again = m.main([*argv, "--out", "x", "--report", "page.html"])
-    assert len(chat.seen) == asked and again["metrics"] | dict.fromkeys(
-        ["tokens/references", "tokens/verdicts"]
-    ) == metrics | dict.fromkeys(["tokens/references", "tokens/verdicts"])
+    spent = dict.fromkeys(["tokens/references", "tokens/verdicts", "tokens/per verdict"])
+    assert len(chat.seen) == asked and again["metrics"] | spent == metrics | spent
+    assert metrics["tokens/per verdict"] == 7
     few = m.main([*argv, "--out", "y", "--pair-ref", "random", "--arms", "adapted"])["metrics"]
     assert (
         "bleu pairs/own" not in few
