@@ -905,7 +905,7 @@ def test_smoke(smoke):
         "bleu/human",
         "bleu/adapted",
         "judge/none",
-        "verdict/direct",
+        "judge/direct",
         "step 8/verdict",
         "length/none",
         "copy/none",
