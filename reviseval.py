@@ -39,7 +39,8 @@ Differences from the paper, of which the official code, figures and tables were 
   edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
   control     mismatched: the revision of another response to x (pairs, lone responses: to another x); no random text,
               no direct reference of equal length.
-  revising    up to three tries; more than thrice the answer's words is a failure. D.R. at the reviser's temperature.
+  revising    for a revision that is empty, or thrice as long as the answer, the answer stands in. D.R. at the reviser's
+              temperature.
   metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
   left out    tuned LLMs, METEOR, MOVERScore, majority vote, agreement by system, judging by logits outside the world.
 
@@ -230,20 +231,20 @@ def say(clauses):
 
 
 def add_errors(record, clauses, count, mix, rng, ways=KNOWN_WAYS):
-    """A copy of right clauses with `count` errors, each on a slot of its own."""
+    """A copy of right clauses with `count` errors, each on a slot of its own. An error that finds no slot to its kind
+    (extra: one that the record has not; swap: near) is a wrong value, in place of the right one."""
     clauses, fresh = list(clauses), set(record) - {"name"}
     for kind in rng.choices(list(mix), mix.values(), k=count):
         at = {slot: i for i, (slot, *_) in enumerate(clauses)}
-        free = sorted(set(WORLD) - set(at) - set(record))
-        special = free if kind == "extra" else sorted({"near"} & fresh) if kind == "swap" else []
-        slot = rng.choice(special or sorted(fresh))
+        fit = dict(extra=set(WORLD) - set(at) - set(record), swap={"near"} & fresh).get(kind, fresh)
+        slot, kind = rng.choice(sorted(fit or fresh)), kind if fit else "wrong"
         fresh.discard(slot)
-        if kind in ("extra", "contradict") and (kind != "extra" or free):
+        if kind in ("extra", "contradict"):
             new = clause(slot, another(slot, record.get(slot, record["name"]), rng), rng, ways)
             clauses.insert(rng.randint(1, len(clauses)), new)
         elif kind == "omit":
             del clauses[at[slot]]
-        elif kind == "swap" and slot == "near":  # two names take each other's place: two slots are wrong
+        elif kind == "swap":  # two names take each other's place: two slots are wrong
             for i, other in ((0, "near"), (at["near"], "name")):
                 clauses[i] = (clauses[i][0], record[other], *clauses[i][2:])
         else:
@@ -598,14 +599,6 @@ def tiny_shape(cfg):
                            vocab_size=len(TOKENS), rope_theta=100))  # positions up to 100, not 10,000
 
 
-def hidden_states(model, ids):
-    """Normed outputs (B, L, d) of a decoder for ids (B, L), padded on the right: no token sees the padding."""
-    x, turn = model.embed_tokens(ids), model.turn(torch.arange(ids.shape[1], device=ids.device)[None])
-    for layer in model.layers:
-        x = layer(x, turn)
-    return model.norm(x)
-
-
 def pad_right(rows, device):
     return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)  # (B, L)
 
@@ -671,9 +664,8 @@ def rouge(text, reference):
 
 
 def classic(text, reference):
-    """Metrics of strings; edit, the words that a revision deletes and inserts, is the plainest way to use an adapted
-    reference. Chosen on dev records, before any evidence, over Levenshtein's distance, which counts a replaced value
-    once but an omitted clause by its words: there its tau with scripted revisers was lower by 0.02 to 0.08."""
+    """Metrics of strings. edit: less the words that a revision deletes and inserts, the plainest way to use one; on
+    dev records its tau with scripted revisers was higher by 0.02 to 0.08 than that of Levenshtein's distance."""
     (r1, r2, r_l), a, b = rouge(text, reference), text.split(), reference.split()
     return dict(bleu=bleu(text, reference), rouge1=r1, rouge2=r2, rougeL=r_l, edit=2 * lcs(a, b) - len(a) - len(b))
 
@@ -691,24 +683,23 @@ def greedy_f1(a, b, a_mask, b_mask, a_weight, b_weight, kernels=False):
     return p, r, (2 * p * r / (p + r)).nan_to_num(0)
 
 
-def bert_score(embed, pairs, kernels=False, size=64):
-    """F of (text, reference) pairs. embed(texts): token vectors (B, L, d), what counts (B, L), weights (B, L)."""
-    texts = list(dict.fromkeys(itertools.chain(*pairs)))  # each is read once
+def bert_score(embed, pairs, kernels=False, size=16, length=len):
+    """F of (text, reference) pairs; each text is read once. embed(texts): token vectors (B, L, d), what counts (B, L),
+    weights (B, L). length(text): its tokens, or about, so that few of a batch are padding."""
+    texts = list(dict.fromkeys(itertools.chain(*pairs)))
 
     def read(part):
-        x, mask, weight = embed(part)
-        return [(F.normalize(v[m], dim=-1), w[m]) for v, m, w in zip(x, mask, weight)]
+        return [(F.normalize(v[m], dim=-1), w[m]) for v, m, w in zip(*embed(part))]
 
-    known = dict(zip(texts, in_batches(texts, size, read)))
+    known = dict(zip(texts, in_batches(texts, size, read, length)))
+
+    def side(column):
+        vectors, weights = (nn.utils.rnn.pad_sequence(x, batch_first=True) for x in zip(*map(known.get, column)))
+        return vectors, vectors.any(2), weights  # (B, L, d), (B, L), (B, L)
 
     def match(part):
-        sides = []
-        for column in zip(*part):
-            rows = zip(*map(known.get, column))
-            vectors, weights = (nn.utils.rnn.pad_sequence(tensors, batch_first=True) for tensors in rows)
-            sides.append((vectors, vectors.any(2), weights))
-        (a, a_mask, a_w), (b, b_mask, b_w) = sides
-        return greedy_f1(a, b, a_mask, b_mask, a_w, b_w, kernels)[2].tolist()
+        (a, a_mask, a_weight), (b, b_mask, b_weight) = map(side, zip(*part))
+        return greedy_f1(a, b, a_mask, b_mask, a_weight, b_weight, kernels)[2].tolist()
 
     return in_batches(pairs, size, match, lambda pair: max(len(known[text][0]) for text in pair))
 
@@ -725,11 +716,14 @@ def token_logp(h, w, target, kernels=False):
 def mean_logp(model, pairs, kernels=False, size=64):
     """BARTScore of one direction: mean log-probability of the target's tokens, for (context, target) in tokens."""
     def work(part):
-        ids = pad_right([context + target for context, target in part], model.norm.weight.device)
-        row = torch.tensor([i for i, (_, target) in enumerate(part) for _ in target], device=ids.device)
+        ids = pad_right([context + target for context, target in part], model.norm.weight.device)  # (B, L)
+        row = torch.tensor([i for i, (_, target) in enumerate(part) for _ in target], device=ids.device)  # (T,)
         at = torch.tensor([len(context) + j for context, target in part for j in range(len(target))], device=ids.device)
+        x, turn = model.embed_tokens(ids), model.turn(torch.arange(ids.shape[1], device=ids.device)[None])
+        for layer in model.layers:
+            x = layer(x, turn)  # no token sees the padding: it is on the right
         weight = (model.lm_head or model.embed_tokens).weight
-        logp = token_logp(hidden_states(model, ids[:, :-1])[row, at - 1], weight, ids[row, at], kernels)
+        logp = token_logp(model.norm(x[row, at - 1]), weight, ids[row, at], kernels)
         return logp.new_zeros(len(part)).index_add(0, row, logp).div(torch.bincount(row)).tolist()
 
     return in_batches(pairs, size, work, lambda pair: len(pair[0]) + len(pair[1]))
@@ -746,16 +740,13 @@ def choice(model, prompts, options, size=64):
     return np.array(in_batches(prompts, size, work))
 
 
-def measure(texts, references, embed=None, bart=None, kernels=False):
+def measure(texts, references, real=None):
     """Scores {"metric/kind": (N,)} of texts (N,) against references {kind: (N,) texts}, NaN where one is "". Equal
-    pairs are measured once. embed: see bert_score; bart: pairs to means of log p(y | r) and log p(r | y)."""
+    pairs are measured once. real: further metrics {name: function of (text, reference) pairs}."""
     unique = list(dict.fromkeys(pair for column in references.values() for pair in zip(texts, column) if pair[1]))
     rows, table = [classic(*pair) for pair in unique], {}
     found = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
-    if embed and unique:
-        found["bertscore"] = bert_score(embed, unique, kernels)
-    if bart and unique:
-        found["bartscore"] = bart(unique)
+    found |= {name: score(unique) for name, score in (real or {}).items() if unique}
     for name, scores in found.items():
         known = dict(zip(unique, scores))
         table |= {f"{name}/{kind}": np.array([known.get(pair, math.nan) for pair in zip(texts, column)], float)
@@ -772,12 +763,11 @@ def prefer(scores, protocol, primary):
 
 
 # Tiny models as reviser and judge
-MOST_WORDS = 72  # that they write
+MOST_WORDS = 48  # that they write; the longest text of the world has 37
 
 
 class Tiny:
     """A tiny model for each role, {role: model}; greedy."""
-
     def __init__(self, models):
         self.models = {role: model.eval() for role, model in models.items()}
 
@@ -865,35 +855,19 @@ def clean_revision(reply, answer):
     return inner if text == f'"{text[1:-1]}"' and '"' not in inner and not begin.startswith('"') else text
 
 
-def revise_all(backend, cfg, jobs, key=()):
-    """r* of jobs (source, answer, other answer): asked for up to three times if a reply is empty or more than three
-    times as long as the answer; then the answer itself stands in, and "failed" says so."""
-    found = [dict(failed=True)] * len(jobs)
-    for attempt in range(3):
-        todo = [i for i, last in enumerate(found) if last["failed"]]
-        requests = [revise_request(cfg.rubric, *jobs[i]) for i in todo]
-        for i, reply in zip(todo, backend.ask(requests, TEMPERATURES["revise"], (*key, "revise", attempt), attempt)):
-            text = clean_revision(reply, answer := jobs[i][1])[:MOST_CHARACTERS]
-            failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
-            text = answer if failed else text
-            found[i] = dict(text=text, failed=failed, identity=text.split() == answer.split())
-    return found
-
-
 TEMPERATURES = dict(revise=0.3, judge=0.1, free=0.0)  # the judge with and without a reference (official code)
 MOST_CHARACTERS = 20_000  # of a text that a model made
 
 
 class Local:
     """A chat checkpoint as reviser and judge."""
-
     def __init__(self, cfg, run):
         self.cfg, folder, self.tokens = cfg, fetch_model(cfg.model), 0
         self.model, self.tok = load_real(folder).to(run.device, run.dtype).eval(), load_tokenizer(folder)
         ends = self.tok.eos, *map(self.tok.special.get, ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))
         self.stop = [i for i in ends if i is not None]
 
-    def ask(self, contents, temperature, key, index=0):
+    def ask(self, contents, temperature, key):
         g = torch.Generator(self.model.norm.weight.device).manual_seed(random_of(self.cfg.seed, key).getrandbits(60))
 
         def work(part):
@@ -906,16 +880,15 @@ class Local:
 
 class Remote:
     """A chat endpoint as reviser and judge."""
-
     def __init__(self, cfg, run):
         (run.out / "replies").mkdir(exist_ok=True)
         self.cfg, self.chat = cfg, Chat(cfg.endpoint, cfg.model, run.out / "replies")
 
     tokens = property(lambda self: self.chat.tokens)
 
-    def ask(self, contents, temperature, key, index=0):
+    def ask(self, contents, temperature, key):
         common = dict(max_tokens=self.cfg.max_new, temperature=temperature)
-        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), index) for text in contents])
+        return self.chat.ask([(dict(messages=[dict(role="user", content=text)], **common), 0) for text in contents])
 
 
 def make_direct(cfg, backend, rows):
@@ -926,13 +899,20 @@ def make_direct(cfg, backend, rows):
 
 def make_revisions(cfg, backend, rows):
     """Rows of references.jsonl: revisions {answer: ...}. The reviser of an answer of a pair is shown the other; with
-    --pair-ref random only the primary answer is revised. (official code)"""
+    --pair-ref random only the primary answer is revised. (official code) Where a reply is empty or more than three
+    times as long as the answer, the answer itself stands in, and "failed" says so. (our choice)"""
     made = [dict(id=row["id"], adapted={}) for row in rows]
     asked = [(row, target, j) for row, target in zip(rows, made) for j in range(len(answers_of(row)))
              if "b" not in row or cfg.pair_ref != "random" or j == row["primary"]]
-    jobs = [(row["source"], answers_of(row)[j], row["ba"[j]] if "b" in row else "") for row, _, j in asked]
-    for (_, target, j), found in zip(asked, revise_all(backend, cfg, jobs, ("references", rows[0]["id"]))):
-        target["adapted"][str(j)] = found
+    requests = [revise_request(cfg.rubric, row["source"], answers_of(row)[j], row["ba"[j]] if "b" in row else "")
+                for row, _, j in asked]
+    replies = backend.ask(requests, TEMPERATURES["revise"], ("references", rows[0]["id"]))
+    for (row, target, j), reply in zip(asked, replies):
+        answer = answers_of(row)[j]
+        text = clean_revision(reply, answer)[:MOST_CHARACTERS]
+        failed = not 0 < len(text.split()) <= max(20, 3 * len(answer.split()))
+        text = answer if failed else text
+        target["adapted"][str(j)] = dict(text=text, failed=failed, identity=text.split() == answer.split())
     return made
 
 
@@ -1023,10 +1003,10 @@ def competence(rows, revisions):
     """p_fix: share of the errors of responses that a revision mends. p_dmg: share of the right slots that it breaks.
     identity: share of right responses that come back unchanged."""
     before, after = (np.array([list(slot_errors(row["record"], text).values()) for row, text in zip(rows, texts)])
-                     for texts in ([row["response"] for row in rows], revisions))
-    stated = np.array([[slot in row["record"] for slot in VALUES] for row in rows])
+                     for texts in ([row["response"] for row in rows], revisions))  # (N, slots)
+    asked = np.array([[slot in row["record"] for slot in VALUES] for row in rows])
     same = [row["response"] == text for row, text in zip(rows, revisions) if not row["quality"]]
-    return dict(p_fix=(after[before > 0] == 0).mean(), p_dmg=(after[(before == 0) & stated] > 0).mean(),
+    return dict(p_fix=(after[before > 0] == 0).mean(), p_dmg=(after[(before == 0) & asked] > 0).mean(),
                 identity=np.mean(same))
 
 
@@ -1044,8 +1024,8 @@ def together(draws, *keys):
 
 
 def rating_table(table, quality, group):
-    """Metrics, and draws of tau {key: (which rows it has (N,), draws, rows to draws)}, of scores
-    {"scorer/reference": (N,)}, NaN where there is none. Row n: how many rows, where not all."""
+    """Of scores {"scorer/reference": (N,)}, NaN where there is none: metrics, of which n counts the rows where not all
+    have a score, and {key: (which rows have one (N,), draws of tau, function that draws tau of other rows)}."""
     metrics, draws, weight = {"rows/none": len(quality)}, {}, resampled(group)
     for key, x in table.items():
         (name, kind), ok = key.split("/"), ~np.isnan(x)
@@ -1065,17 +1045,18 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
     """The same for pairs (P, 2) of responses with labels (P,), 1: the first is better, or -1. Accuracy, where no
     preference counts half, of all pairs and of those whose worse answer is longer. Columns "0", "1", ... of the table
     are scores against the revision of that response to the source; `more`: preferences made elsewhere."""
-    preferences, metrics, draws = {}, {"pairs/none": len(label)}, {}
-    size = 1 + max((int(key[-1]) for key in table if key[-1].isdigit()), default=0)
+    preferences, metrics, bias, draws = {}, {"pairs/none": len(label)}, {}, {}
+    size = 1 + max((int(key[-1]) for key in table if key[-1].isdigit()), default=0)  # responses to a source
     for key, x in table.items():
         name, kind = key.split("/")
         if kind == "0":
-            square = np.stack([table[f"{name}/{j}"] for j in range(size)], 1)[pair[:, :, None], pair[:, None] % size]
+            against = np.stack([table[f"{name}/{j}"] for j in range(size)], 1)  # (N, size)
+            square = against[pair[:, :, None], pair[:, None] % size]  # (P, 2, 2), see prefer
             for protocol in ("random", "own", "both"):  # with --pair-ref random the others are not known
                 preferences[f"{name}/{protocol}"] = prefer(square, protocol, primary)
             preferences[f"{name}/adapted"] = preferences[f"{name}/{cfg.pair_ref}"]
             wins = 0.5 + preferences[f"{name}/random"] * (1 - 2 * primary) / 2  # 1: the anchor decides; no bias: 0.5
-            metrics[f"{name} primary wins/random"] = float(wins.mean())
+            bias[f"{name} primary wins/random"] = float(wins.mean())
         elif not kind.isdigit() and kind != "adapted":
             preferences[key] = np.sign(x[pair[:, 0]] - x[pair[:, 1]])
     preferences = {key: x for key, x in (preferences | dict(more)).items() if not np.isnan(x).all()}
@@ -1086,27 +1067,27 @@ def pair_table(cfg, table, pair, label, group, primary, more=()):
         draws |= {f"{name} {what}/{kind}": (rows, redo(rows), redo)
                   for what, rows in (("pairs", ok), ("longer", ok & longer))}
         metrics |= {} if ok.all() else {f"{name} pairs n/{kind}": int(ok.sum())}
-    return metrics | {key: float(x[0]) for key, (_, x, _) in draws.items()}, draws, preferences
+    return metrics | {key: float(x[0]) for key, (_, x, _) in draws.items()} | bias, draws, preferences
 
 
 def evaluate_world(cfg, run, tiny, rows, real):
     """All arms on the held-out responses: metrics, and draws for the claims."""
     texts, sources, N = [row["response"] for row in rows], [row["source"] for row in rows], len(rows)
-    revisions, own, S = tiny.revise(rows), tiny.write(rows[::SYSTEMS]), SYSTEMS
-    first = [i // S * S for i in range(N)]  # response to the same record
-    columns = dict(human=[row["human"] for row in rows], direct=[own[i // S] for i in range(N)], adapted=revisions,
-                   mismatched=[revisions[first[i] + (i + 1) % S] for i in range(N)])
+    revisions, own = tiny.revise(rows), tiny.write(rows[::SYSTEMS])
+    first = [i - i % SYSTEMS for i in range(N)]  # response to the same record
+    columns = dict(human=[row["human"] for row in rows], direct=[own[i // SYSTEMS] for i in range(N)],
+                   adapted=revisions, mismatched=[revisions[first[i] + (i + 1) % SYSTEMS] for i in range(N)])
     columns = {kind: columns[kind] for kind in cfg.arms.split(",")}
-    everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(S)}
+    everything = columns | {str(j): [revisions[i + j] for i in first] for j in range(SYSTEMS)}
     quality, group = (np.array([row[name] for row in rows]) for name in ("quality", "group"))
     table = baselines(rows) | {"checker/none": quality.astype(float)}  # the upper bound
-    table |= measure(texts, everything, *real, cfg.kernels)
+    table |= measure(texts, everything, real)
     for kind, column in ({"none": None} | everything).items():
         pause(run)
         table[f"judge/{kind}"], verdict = tiny.judge(sources, texts, column)
         table |= {} if kind.isdigit() else {f"verdict/{kind}": verdict}
     metrics, draws = rating_table({key: x for key, x in table.items() if not key[-1].isdigit()}, quality, group)
-    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, first[i] + S) if quality[i] != quality[j]])
+    pair = np.array([(i, j) for i in range(N) for j in range(i + 1, first[i] + SYSTEMS) if quality[i] != quality[j]])
     label, primary = np.sign(quality[pair] @ [1, -1]), np.random.default_rng(cfg.seed).integers(2, size=len(pair))
     found, more, _ = pair_table(cfg, table, pair, label, group[pair[:, 0]], primary)
     metrics |= found | {f"reviser/{key}": float(x) for key, x in competence(rows, revisions).items()}
@@ -1115,18 +1096,11 @@ def evaluate_world(cfg, run, tiny, rows, real):
     return metrics, draws | more
 
 
-def taus(rows, texts):
-    """tau of each metric of the responses against texts."""
-    scores = measure([row["response"] for row in rows], dict(texts=texts))
-    return {key.split("/")[0]: tau_b(x, [row["quality"] for row in rows]) for key, x in scores.items()}
-
-
-def measure_budget(tiny, rows):
-    """What reviser and judge are worth at one budget: competence, metrics against revisions, verdicts without any."""
-    revisions, texts = tiny.revise(rows), [row["response"] for row in rows]
-    x, quality = tiny.judge([row["source"] for row in rows], texts)[1], np.array([row["quality"] for row in rows])
-    found = competence(rows, revisions) | taus(rows, revisions)
-    return {key: float(x) for key, x in found.items()} | dict(verdict=tau_b(x[x == x], quality[x == x]))
+def worth(rows, revisions):
+    """What a reviser is worth: its competence, and tau of each metric of the responses against its revisions."""
+    scores, quality = measure([row["response"] for row in rows], dict(r=revisions)), [row["quality"] for row in rows]
+    found = competence(rows, revisions) | {key.split("/")[0]: tau_b(x, quality) for key, x in scores.items()}
+    return {name: float(x) for name, x in found.items()}
 
 
 def judge_scores(rows, judged):
@@ -1654,8 +1628,8 @@ def load_real(folder):
 
 
 def real_metrics(cfg, device):
-    """embed and bart, see measure, from --encoder and --scorer; None where none is named."""
-    embed = bart = None
+    """{metric: (text, reference) pairs to scores} of the networks that --encoder and --scorer name."""
+    found = {}
     if cfg.encoder:
         encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
 
@@ -1665,31 +1639,33 @@ def real_metrics(cfg, device):
             weight[:, 0] = 0
             return x, mask, weight.scatter(1, mask.sum(1, keepdim=True) - 1, 0)  # CLS and SEP
 
+        length = functools.cache(lambda text: len(wordpieces(text, encoder.vocab, encoder.lower)))
+        found["bertscore"] = lambda pairs: bert_score(embed, pairs, cfg.kernels, length=length)
     if cfg.scorer:
         folder = fetch_model(cfg.scorer)
-        model, encode = load_real(folder).to(device).eval(), load_tokenizer(folder).encode
+        model, tok = load_real(folder).to(device).eval(), load_tokenizer(folder)
 
-        def bart(pairs):  # a causal model needs a phrase that asks for a paraphrase (our choice)
+        def bart_score(pairs):  # a causal model needs a phrase that asks for a paraphrase (our choice)
             both = [side for y, r in pairs for side in ((r, y), (y, r))]
-            tokens = [(encode(a + " In other words,")[-400:], encode(" " + b)[:400]) for a, b in both]
+            tokens = [(tok.encode(a + " In other words,")[-400:], tok.encode(" " + b)[:400]) for a, b in both]
             return np.array(mean_logp(model, tokens, cfg.kernels, 8)).reshape(-1, 2).mean(1)
 
-    return embed, bart
+        found["bartscore"] = bart_score
+    return found
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network."""
     if cfg.task == "data":
-        text = "word " * 200
-        rows = read_data(cfg) if cfg.data else [dict(group=i, source=text, a=text, b=text) for i in range(1000)]
+        rows = read_data(cfg) if cfg.data else [dict(group=i, source="", a="word " * 300, b="") for i in range(1000)]
         arms, sides, words = cfg.arms.split(","), len(answers_of(rows[0])), [len(str(row).split()) for row in rows]
         before = len(rows) * (sides if cfg.pair_ref != "random" else 1) * bool({"adapted", "mismatched"} & set(arms))
         before += len({row["group"] for row in rows}) * ("direct" in arms)
         calls = before + len(rows) * sides * (1 + len(arms))
         return print(f"{len(rows)} rows: {calls} calls at most, {before} of them for references, repeats aside, "
                      f"{1.4 * calls * (1.5 * np.mean(words) + 150):.1e} tokens (1.4 a word, replies of 150 words)")
-    with torch.device("meta"):
-        n = sum(p.numel() for p in Decoder(tiny_shape(cfg)).parameters())
+    shape, d = tiny_shape(cfg), cfg.n_embd
+    n = d * (len(TOKENS) + 1 + cfg.n_layer * (4 * d + 3 * shape.n_mlp + 2))
     tokens = len(ROLES) * cfg.steps * cfg.batch_size * 60
     memory = (16 * n + cfg.batch_size * 80 * (34 * cfg.n_layer * cfg.n_embd + 1600)) / 2**30
     print(f"{len(ROLES)} x {n:,} parameters, {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs, {memory:.2f} GiB, loss "
@@ -1703,16 +1679,15 @@ def plot_world(path, metrics):
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    steps = [int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key)]
+    steps = sorted(int(key.split()[1].split("/")[0]) for key in metrics if re.fullmatch(r"step \d+/p_fix", key))
+    by_step = lambda name: [metrics[f"step {step}/{name}"] for step in steps]
     for name in ("bleu", "rougeL", "edit", "verdict"):
-        label = "judge without reference" if name == "verdict" else f"{name} with r*"
-        left.plot(steps, [metrics[f"step {step}/{name}"] for step in steps], marker=".", label=label)
+        left.plot(steps, by_step(name), marker=".", label=f"{name} with r*" if name != "verdict" else "judge without")
     left.axhline(metrics.get("bleu/human", math.nan), color="gray", linestyle=":", label="bleu with human reference")
     left.set(xlabel="optimizer steps of the tiny model", ylabel="Kendall's tau-b with quality")
     dots = right.scatter(*zip(*GRID), c=[metrics[f"scripted {f} {d}/bleu"] for f, d in GRID], s=120, vmin=0, vmax=0.8)
     figure.colorbar(dots, label="tau of BLEU, scripted revisers")
-    right.plot(*([metrics[f"step {step}/{what}"] for step in steps] for what in ("p_fix", "p_dmg")), "k.-",
-               label="tiny model, by budget")
+    right.plot(by_step("p_fix"), by_step("p_dmg"), "k.-", label="tiny model, by budget")
     right.set(xlabel="p_fix: errors mended", ylabel="p_dmg: right slots broken", xlim=(0, 1.05), ylim=(-0.03, 0.6))
     for side in (left, right):
         side.legend(fontsize="small")
@@ -1725,7 +1700,7 @@ def rows_of(metrics, draws):
     for key, x in metrics.items():
         name, _, column = key.rpartition("/")
         low, high = interval(draws[key][1])[1] if key in draws and math.isfinite(x) else (x, x)
-        text = str(x) if type(x) is int else f"{x:.3f}"
+        text = str(x) if type(x) is int else f"{x:.3f}" if math.isfinite(x) else "-"
         table.setdefault(name, {})[column] = text + (f" ±{(high - low) / 2:.3f}" if high > low else "")
     return [c for c in COLUMNS if any(c in row for row in table.values())], table
 
@@ -1740,24 +1715,35 @@ def marked(old, new):
     return [" ".join(side) for side in sides]
 
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}th,td{border:1px solid #ccc;padding:.2em .6em;text-align:right}
-th:first-child,.t{text-align:left;vertical-align:top}.w{width:48%;overflow-wrap:anywhere}
-p{white-space:pre-wrap;overflow-wrap:anywhere}del{background:#fcc}ins{background:#cfc}del,ins{text-decoration:none}"""
+STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui;max-width:72em;margin:auto;padding:1em}
+div{overflow-x:auto}table{border-collapse:collapse}th,td{border:1px solid #8888;padding:.2em .6em;text-align:right}
+div .t{position:sticky;left:0;background:Canvas}
+div td{white-space:nowrap}th:first-child,.t{text-align:left;vertical-align:top}details{margin:1em 0}
+details table{width:100%;table-layout:fixed}p,details td{white-space:pre-wrap;overflow-wrap:anywhere}
+del,ins{text-decoration:none;background:#f004}ins{background:#0a04}
+.bar{background:linear-gradient(90deg,#0000 49%,#888 0 51%,#0000 0),linear-gradient(90deg,#48f6 var(--p),#0000 0)}"""
 
 
 def write_report(path, cfg, metrics, draws, worst):
     """One self-contained page. Texts come from data and models: all are escaped, and the page has no script."""
     columns, table = rows_of(metrics, draws)
-    lines = "".join(f"<tr><td class=t>{html.escape(name)}<td>{'<td>'.join(row.get(c, '') for c in columns)}"
+
+    def cell(name, column):
+        text = table[name].get(column, "")
+        bar = text and name.endswith(("primary wins", "judge first", "judge consistent"))
+        return f"<td class=bar style='--p:{metrics[f'{name}/{column}']:.0%}'>{text}" if bar else f"<td>{text}"
+
+    lines = "".join(f"<tr><td class=t>{html.escape(name)}{''.join(cell(name, c) for c in columns)}"
                     for name, row in table.items() if set(row) & set(columns))
-    page = [f"<!doctype html><html lang=en><meta charset=utf-8><title>RevisEval</title><style>{STYLE}</style><h1>"
-            f"RevisEval: {html.escape(Path(cfg.data).name)}</h1><p>Agreement with people by scorer and reference: "
-            "Kendall's tau-b, Spearman's rho, mean tau-b within a source; for pairs accuracy, and that where the worse "
-            "answer is the longer one. Without bias the first place and the answer that was revised win in a half.</p>"
-            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table><h2>Worst disagreements</h2>"]
+    page = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>"
+            f"RevisEval</title><style>{STYLE}</style><h1>RevisEval: {html.escape(Path(cfg.data).name)}</h1>"
+            "<p>Agreement with people by scorer and reference, ± half its 95 % interval: Kendall's tau-b, Spearman's "
+            "rho, mean tau-b within a source; of pairs accuracy, also where the worse answer is longer. Columns random "
+            "to both: by the revision of one answer, of each its own, of both. Bars: without bias the first place "
+            "and the answer that was revised win in a half (the tick); consistent: one winner in both orders.</p><div>"
+            f"<table><tr><th>scorer<th>{'<th>'.join(columns)}{lines}</table></div><h2>Worst disagreements</h2>"]
     for row in worst:
-        sides = "<tr>".join("<td class='t w'>{}<td class='t w'>{}".format(*marked(*pair)) for pair in row["pairs"])
+        sides = "<tr>".join("<td class=t>{}<td class=t>{}".format(*marked(*pair)) for pair in row["pairs"])
         page.append(f"<details open><summary>{html.escape(row['title'])}</summary><p>{html.escape(row['source'])}</p>"
                     f"<table><tr><th>answer<th class=t>adapted (else human) reference<tr>{sides}</table></details>")
     replace_file(Path(path), "".join(page).encode("utf-8", "replace"))
@@ -1771,9 +1757,9 @@ def worst_of(rows, made, scores, truth, count=20):
     gap = -x * y if "b" in rows[0] else np.abs(ranks(x) - ranks(y))
     for at in [i for i in np.argsort(-gap, kind="stable")[:count] if gap[i] > 0]:
         row, revised = rows[known[at]], made[known[at]]["adapted"]
-        said = f"{row['id']}: people {y[at]:.3g}, {key} {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
+        title = f"{row['id']}: people {y[at]:.3g}, {key} {x[at]:.3g}" + " (1: first answer, -1: second)" * ("b" in row)
         pairs = [(text, revised.get(str(j), dict(text=row["human"]))["text"]) for j, text in enumerate(answers_of(row))]
-        found.append(dict(source=row["source"], title=said, pairs=pairs))
+        found.append(dict(source=row["source"], title=title, pairs=pairs))
     return found
 
 
@@ -1791,7 +1777,10 @@ def run_world(cfg, run, state, rows, real):
         for role, model in models.items():
             model.load_state_dict(load_file(run.out / f"{role}-{step}.safetensors"))
         if str(step) not in done:
-            done[str(step)] = measure_budget(Tiny(models), rows)
+            tiny = Tiny(models)
+            verdict = tiny.judge([row["source"] for row in rows], [row["response"] for row in rows])[1]
+            ok, quality = ~np.isnan(verdict), np.array([row["quality"] for row in rows])
+            done[str(step)] = worth(rows, tiny.revise(rows)) | dict(verdict=tau_b(verdict[ok], quality[ok]))
             save_state(run, **run.keep, seconds=time.perf_counter() - run.began)
         pause(run)
         print(f"budget {step}: " + " | ".join(f"{name} {x:.3f}" for name, x in done[str(step)].items()), flush=True)
@@ -1802,7 +1791,7 @@ def run_world(cfg, run, state, rows, real):
     metrics |= {f"step {step}/{name}": x for step, row in done.items() for name, x in row.items()}
     for f, d in GRID:  # where is the break-even line of a reviser of known competence?
         rng = random_of("scripted", f, d)
-        made = taus(rows, [say(repair(row["record"], row["clauses"], rng, f, d)) for row in rows])
+        made = worth(rows, [say(repair(row["record"], row["clauses"], rng, f, d)) for row in rows])
         metrics |= {f"scripted {f} {d}/{name}": x for name, x in made.items()}
     plot_world(run.out / "plot.png", metrics)
     return metrics, draws
@@ -1810,16 +1799,15 @@ def run_world(cfg, run, state, rows, real):
 
 def attach_references(cfg, rows, made):
     """Put {"none": "", kind: reference} into each row; made: its row of references.jsonl."""
-    members = {}
+    alike, n = {}, len(rows)
     for i, row in enumerate(rows):
-        members.setdefault(row["group"], []).append(i)
+        alike.setdefault(row["group"], []).append(i)
     adapted = [x["adapted"].get(str(row.get("primary", 0)), dict(text=""))["text"] for row, x in zip(rows, made)]
     for i, row in enumerate(rows):
-        here = members[row["group"]]
+        here = alike[row["group"]]
         other = here[(here.index(i) + 1) % len(here)]
-        if "b" in row or other == i:
-            others = ((i + j) % len(rows) for j in range(1, len(rows)))
-            other = next((j for j in others if rows[j]["group"] != row["group"]), i)
+        if "b" in row or other == i:  # the next row about something else
+            other = next((j % n for j in range(i + 1, i + n) if rows[j % n]["group"] != row["group"]), i)
         found = dict(human=row["human"], direct=made[i]["direct"], adapted=adapted[i],
                      mismatched=adapted[other] if other != i else "")
         row["references"] = {"none": ""} | {k: text for k, text in found.items() if text and k in cfg.arms.split(",")}
@@ -1845,14 +1833,14 @@ def run_data(cfg, run, rows, backend, real):
         judged = make("judgments", make_judgments, rows)
         for name, part in (("references", own + made), ("verdicts", judged)):
             metrics[f"tokens/{name}"] = sum(row.get("tokens", 0) for row in part)
+        metrics["tokens/per verdict"] = metrics["tokens/verdicts"] / sum(len(row["verdicts"]) for row in judged)
     answers = [dict(row=row, revised=x["adapted"], source=row["source"], response=text)
                for row, x in zip(rows, made) for text in answers_of(row)]
     columns = {kind: [x["row"]["references"].get(kind, "") for x in answers] for kind in arms}
     columns = {kind: column for kind, column in columns.items() if any(column)}
     columns |= {str(j): [x["revised"].get(str(j), dict(text=""))["text"] for x in answers]
                 for j in range(2) if pairs and "adapted" in columns}
-    table = measure([x["response"] for x in answers], columns, *real, cfg.kernels)
-    table |= baselines(answers)
+    table = measure([x["response"] for x in answers], columns, real) | baselines(answers)
     verdicts, more = judge_scores(rows, judged)
     group, truth = (np.array([row[name] for row in rows]) for name in ("group", "label" if pairs else "quality"))
     if pairs:
