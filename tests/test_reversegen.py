@@ -126,7 +126,11 @@ def test_a_target_is_taught_few_of_its_blind_spots_and_no_held_out_question():
     assert Counter(item["cell"] for item in world.sets["test"]) == dict.fromkeys(m.cells(), 30)
     assert world.weak != other.weak and world.sets["test"] == other.sets["test"]
     dev = m.World(m.Config(split="dev"), 0)
-    assert len(dev.held.keys() & world.held.keys()) < 20 and dev.weak == world.weak
+    asked = [{item["question"] for items in w.sets.values() for item in items} for w in (dev, world)]
+    assert len(asked[0] & asked[1]) < 20 and dev.weak == world.weak
+    gate = {item["question"] for item in world.gate}
+    assert Counter(item["cell"] for item in world.gate) == dict.fromkeys(m.cells(), 10)
+    assert gate <= world.held.keys() and len(gate & asked[1]) < 20
 
 
 @pytest.mark.parametrize("text, wanted", [
@@ -150,7 +154,8 @@ def a_team(cfg, count=9, **more):
     """World, seeds and tokenizer, without models."""
     world, rng = m.World(cfg, 0), random.Random(0)
     seeds = [world.draw(rng, cfg.weak_mass) for _ in range(count)]
-    return SimpleNamespace(world=world, seeds=seeds, proposer=SimpleNamespace(tok=m.Words(cfg.shots)), **more)
+    return SimpleNamespace(world=world, seeds=seeds, proposer=SimpleNamespace(tok=m.Words(cfg.shots)), judge=None,
+                           teacher=None, **more)
 
 
 def test_t9_every_seed_follows_others_once():
@@ -235,13 +240,24 @@ def test_t6_minhash_estimates_the_jaccard_index():
     """T6: within four standard errors at 512 hashes; 1 for equal sets; also for a text of one word."""
     rng = random.Random(0)
     texts = [" ".join(rng.choice("abcd") for _ in range(rng.randint(1, 25))) for _ in range(30)]
-    found = m.jaccard(texts, texts, 512)
-    for i, j in itertools.product(range(30), range(30)):
-        a, b = ({*zip(x.split(), x.split()[1:])} or {x} for x in (texts[i], texts[j]))
+    for x, y in itertools.product(texts, texts):
+        a, b = ({*zip(text.split(), text.split()[1:])} or {text} for text in (x, y))
         true = len(a & b) / len(a | b)
-        assert abs(found[i, j] - true) <= 4 * math.sqrt(true * (1 - true) / 512) + 1e-9
-    assert (found.diagonal() == 1).all()
-    assert m.jaccard([], texts).shape == (0, 30) and m.jaccard(texts, []).shape == (30, 0)
+        assert abs(m.jaccard(x, y, 512) - true) <= 4 * math.sqrt(true * (1 - true) / 512) + 1e-9
+    assert all(m.jaccard(text, text) == 1 for text in texts)
+
+
+def test_t6_bands_find_every_near_text():
+    """T6: the index says what all comparisons say, also just above and below the threshold."""
+    rng = random.Random(1)
+    base = " ".join(f"w{i}" for i in range(30))
+    texts = [re.sub(r"w(\d+)", lambda hit: hit[0] if rng.random() > rate else "x", base)
+             for rate in (0.0, 0.02, 0.05, 0.1, 0.2) for _ in range(30)]
+    found, wanted = [], []
+    for i, text in enumerate(texts):
+        found.append(text in m.Near(texts[:i]))
+        wanted.append(any(m.jaccard(text, other) >= m.NEAR for other in texts[:i]))
+    assert found == wanted and 20 < sum(wanted) < 140
 
 
 def test_t6_signature_by_hand():
@@ -259,7 +275,7 @@ def test_near_questions_are_dropped_and_held_out_ones_never_asked():
     held, before, new = texts[:3], texts[3:6], texts[6:9]
     rows = [dict(instruction=text, drop="") for text in [*new, new[0], held[1], before[2], *new]]
     rows.append(dict(instruction=held[0], drop="invalid"))
-    m.drop_near(rows, before, held)
+    m.drop_near(rows, m.Near(before), m.Near(held))
     assert [row["drop"] for row in rows] == [""] * 3 + ["seen", "held out", "seen"] + ["seen"] * 3 + ["invalid"]
 
 
@@ -268,9 +284,8 @@ def test_fresh_questions_are_as_far_apart_as_proposals():
     world = m.World(m.Config(n_test=90), 0)
     rows = m.fresh(world, random.Random(0), 0.5, 40)
     texts = [row["question"] for row in rows]
-    same = m.jaccard(texts, texts)
-    assert len(rows) == 40 and (same[~np.eye(40, dtype=bool)] < m.NEAR).all()
-    assert (m.jaccard(texts, list(world.held)) < m.NEAR).all()
+    assert len(rows) == 40 and all(m.jaccard(*pair) < m.NEAR for pair in itertools.combinations(texts, 2))
+    assert all(m.jaccard(*pair) < m.NEAR for pair in itertools.product(texts, world.held))
     assert 8 <= sum(row["cell"] in world.weak for row in rows) <= 32
 
 
@@ -525,7 +540,7 @@ def planted(here):
 def test_t10_budget_is_counted_to_the_call(planted, here):
     """T10: as many calls as the budget says, and as the rows say; what is over is not asked; nothing is asked twice."""
     cfg, who = planted
-    rows = m.explore(cfg, a_run(here), who, "round1", 30, [], ("round", 0, 1))
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1))
     assert who.target.asked == sum(row["asked"] for row in rows) == 30 and len(rows) % 20 == 0
     assert [row["id"] for row in rows] == list(range(len(rows)))
     assert {row["drop"] for row in rows} <= {"", "invalid", "budget", "seen", "held out"}
@@ -533,27 +548,27 @@ def test_t10_budget_is_counted_to_the_call(planted, here):
     assert len(set(texts)) == 30 and not set(texts) & who.world.held.keys()
     assert all(row["failure"] == (m.read_answer(row["responses"][0]) != row["answer"]) for row in rows if row["asked"])
     assert {row["drop"] for row in rows if row["instruction"] in ("nonsense", "")} == {"invalid"}
-    more = m.explore(cfg, a_run(here), who, "round2", 30, rows, ("round", 0, 2))
+    more = m.explore(cfg, a_run(here), dict(done={}), who, "round2", 30, rows, ("round", 0, 2))
     assert who.target.asked == 60 and not {row["instruction"] for row in more if row["asked"]} & set(texts)
-    assert m.explore(cfg, a_run(here), who, "round1", 30, [], ("round", 0, 1)) == rows and who.target.asked == 60
+    assert m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1)) == rows and who.target.asked == 60
 
 
 def test_t11_a_cut_file_is_completed_to_the_same_bytes(planted, here):
     """T11: wherever a kill cut the file; whole parts are not asked again; the next round is the same."""
     cfg, who = planted
-    first = m.explore(cfg, a_run(here), who, "round1", 30, [], ("round", 0, 1))
-    second = m.explore(cfg, a_run(here), who, "round2", 30, first, ("round", 0, 2))
+    first = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1))
+    second = m.explore(cfg, a_run(here), dict(done={}), who, "round2", 30, first, ("round", 0, 2))
     whole, rng = (here / "round1.jsonl").read_bytes(), random.Random(0)
     for _ in range(4):
         at = rng.randrange(len(whole))
         (here / "round1.jsonl").write_bytes(whole[:at])
         (here / "round2.jsonl").unlink()
         who.target.asked = 0
-        again = m.explore(cfg, a_run(here), who, "round1", 30, [], ("round", 0, 1))
+        again = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1))
         kept = whole[:at].count(b"\n") // 20 * 20
         assert (here / "round1.jsonl").read_bytes() == whole and again == first
         assert who.target.asked == sum(row["asked"] for row in first[kept:])
-        assert m.explore(cfg, a_run(here), who, "round2", 30, again, ("round", 0, 2)) == second
+        assert m.explore(cfg, a_run(here), dict(done={}), who, "round2", 30, again, ("round", 0, 2)) == second
 
 
 def test_a_file_of_something_else_is_refused(here, capsys):
@@ -570,7 +585,7 @@ def test_a_proposer_that_cannot_find_more_stops(planted, here, monkeypatch):
     cfg, who = planted
     text = who.world.draw(random.Random(5), 0.1)["question"]
     monkeypatch.setattr(Planted, "write", lambda self, prompts, *_: [[text]] * len(prompts))
-    rows = m.explore(cfg, a_run(here), who, "round1", 4, [], ())
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 4, [], ())
     assert len(rows) == 80 and who.target.asked == 1
 
 
@@ -620,12 +635,12 @@ def test_t10_a_fake_endpoint_counts_the_calls(planted, chat, here):
     cfg, who = planted
     (here / "replies").mkdir()
     who.target = remote(cfg, chat, here / "replies", 4)
-    rows = m.explore(cfg, a_run(here), who, "round1", 30, [], ())
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ())
     assert len(chat.seen) == sum(row["asked"] for row in rows) == 30
     asked = {payload["messages"][0]["content"] for payload, _ in chat.seen}
     assert asked == {m.SOLVE.format(row["instruction"]) for row in rows if row["asked"]}
     (here / "round1.jsonl").unlink()
-    assert m.explore(cfg, a_run(here), who, "round1", 30, [], ()) == rows and len(chat.seen) == 30
+    assert m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ()) == rows and len(chat.seen) == 30
     assert "secret" not in "".join(path.read_text() for path in here.rglob("*.json*"))
 
 
@@ -642,13 +657,13 @@ def test_a_hostile_target_is_data(planted, chat, here):
     chat.answer = lambda payload: next(replies)
     (here / "replies").mkdir()
     who.target = remote(cfg, chat, here / "replies")
-    rows = m.explore(cfg, a_run(here), who, "round1", 20, [], ())
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 20, [], ())
     assert m.read_rows(here / "round1.jsonl", cfg.part) == rows
     asked = [row for row in rows if row["asked"]]
     assert len(asked) == 20 and {row["drop"] for row in asked} == {"no reply"} and not m.failures(rows)
     assert {row["responses"][0] for row in asked} == set(HOSTILE)
     replies = itertools.cycle(["Answer: 99"])
-    assert len(m.failures(m.explore(cfg, a_run(here), who, "round2", 20, rows, (2,)))) == 20
+    assert len(m.failures(m.explore(cfg, a_run(here), dict(done={}), who, "round2", 20, rows, (2,)))) == 20
     assert all(m.parse(row["instruction"]) for row in asked)
 
 
@@ -659,18 +674,18 @@ def test_a_broken_target_loses_nothing(planted, chat, here, capsys):
     (here / "replies").mkdir()
     who.target = remote(cfg, chat, here / "replies")
     chat.faults += [429, 500, b"no json", b"{}", b'{"choices": [{"message": {"content": 3}}]}', "huge"]
-    rows = m.explore(cfg, a_run(here), who, "round1", 20, [], ())
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 20, [], ())
     assert Counter(row["drop"] for row in rows)["no reply"] == 4 and len(chat.seen) == 22
     assert sum("failure" in row for row in rows) == 16 and not [row for row in m.failures(rows) if row["drop"]]
     for fault, count in ((404, 1), ("cut", 1)):
         chat.seen.clear()
         chat.faults += [*[b'{"choices": [{"message": {"content": "answer 2"}}]}'] * 3, fault]
         with pytest.raises(SystemExit) as stop:
-            m.explore(cfg, a_run(here), who, f"round{fault}", 20, rows, (str(fault),))
+            m.explore(cfg, a_run(here), dict(done={}), who, f"round{fault}", 20, rows, (str(fault),))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and "secret" not in err and len(err.splitlines()) == 1
         assert not (here / f"round{fault}.jsonl").exists()
-        m.explore(cfg, a_run(here), who, f"round{fault}", 20, rows, (str(fault),))
+        m.explore(cfg, a_run(here), dict(done={}), who, f"round{fault}", 20, rows, (str(fault),))
         assert 20 + count <= len(chat.seen) <= 20 + 4 * count  # a connection that was cut may be tried again
 
 
@@ -813,7 +828,8 @@ BAD = {
     "--target http://h/v1": "--target #MODEL", "--target http://h/v1#x": "--targets 1",
     "--target https://me:word@h/v1#x": "without a user",
     "--weak-mass 2": "--weak-mass", "--n-test 1": "--n-test 3 9000", "--n-test 10000": "--n-test 9000",
-    "--task honesty --target http://h/v1#x --targets 1": "--task math",
+    "--task honesty --target http://h/v1#x --targets 1": "--task math", "--judge http://h/v1#x": "--teacher",
+    "--teacher http://me:word@h/v1#x": "--teacher without a user", "--seeds none.jsonl": "--seeds none.jsonl",
     "--pairing odd": "odd own"}
 
 
@@ -833,7 +849,8 @@ def test_a_target_without_blind_spots_is_no_world(here, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         m.main(["--targets", "1", "--n-test", "30", "--out", "x"])
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and "--target-steps" in err and "80%" in err and len(err.splitlines()) == 1
+    assert stop.value.code == 2 and "--target-steps" in err and "60%" in err and len(err.splitlines()) == 1
+    assert not list(here.rglob("*.jsonl"))
 
 
 def test_dry_run_prints_and_creates_nothing(here, capsys):
