@@ -184,7 +184,7 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
 }
 HONESTY = dict(arms="0,1,2,3,4", queries=300, n_eval=200, n_train=200, dpo_batch=8)  # ten calls a question
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
+    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=100, proposer_steps=100, batch_size=16, n_seeds=32,
                   n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
     "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=800),
@@ -252,22 +252,30 @@ def programs():
     return found
 
 
+def is_reserved(program):
+    """One program in five, by its hash, is in no training data of any model or arm."""
+    return zlib.crc32(repr(program).encode()) % 5 == 0
+
+
 @functools.cache
-def cells():
+def cells(reserved=False):
+    """{cell: its programs, those that may be trained on, or the reserved ones}"""
     found = {}
     for program, (cell, _) in programs().items():
-        found.setdefault(cell, []).append(program)
+        if is_reserved(program) == reserved:
+            found.setdefault(cell, []).append(program)
     return found
 
 
 def make_item(question, program):
     cell, steps = programs()[program]
     text = " ; ".join(f"{x} {sign} {y} = {value}" for x, sign, y, value in steps)
-    return dict(question=question, cell=cell, answer=str(steps[-1][3]), solution=f"{text} ; answer {steps[-1][3]}")
+    return dict(question=question, cell=cell, answer=str(steps[-1][3]), solution=f"{text} ; answer {steps[-1][3]}",
+                reserved=is_reserved(program))
 
 
-def make_question(rng, cell, reworded=False):
-    kind, numbers = rng.choice(cells()[cell])
+def make_question(rng, cell, reworded=False, reserved=False):
+    kind, numbers = rng.choice(cells(reserved)[cell])
     form, verbs, _ = PROBLEMS[kind]
     words = {name: rng.choice(WORDS[name]) for name in "NIC"}
     words |= dict(zip("ABXY", map(str, numbers)))
@@ -306,6 +314,8 @@ class World:
         self.sets = dict(test=[self.hold(make_question(rng, cell)) for cell in sorted(names) for _ in range(each)])
         self.sets["reworded"] = [self.hold(make_question(rng, cell, True))
                                  for cell in itertools.islice(itertools.cycle(sorted(names)), cfg.n_test // 3)]
+        self.sets["unseen"] = [self.hold(make_question(rng, cell, reserved=True))
+                               for cell in sorted(names) for _ in range(-(-each // 3))]
         self.sets["natural"] = [self.hold(self.draw(rng, cfg.weak_mass)) for _ in range(cfg.n_test // 3)]
         self.gate = [self.hold(make_question(random_of("gate", cell, i), cell)) for cell in cells() for i in range(10)]
         self.near = Near(self.held)
@@ -667,8 +677,9 @@ def attempt(cfg, who, ids, key):
         yes = [re.findall(r"[a-z]+", (text or "").lower())[-1:] == ["yes"] for text, in said]
         items = [dict(question=question, cell="") | item if sure and question else {}
                  for question, item, sure in zip(questions, items, yes)]
-    return [dict(id=i, prompt=some, instruction=question, asked=0, drop="" if item else "invalid") | item
-            for i, some, question, item in zip(ids, demos, questions, items)]
+    drops = ["held out" if item.get("reserved") else "" if item else "invalid" for item in items]
+    return [dict(id=i, prompt=some, instruction=question, asked=0, drop=drop) | item
+            for i, some, question, drop, item in zip(ids, demos, questions, drops, items)]
 
 
 def drop_near(rows, before, held):
@@ -759,6 +770,7 @@ def evaluate(cfg, run, local, world):
     for name, items in world.sets.items():
         texts, right, parts = greedy(local, world, items)
         found |= {name: float(right.mean())} | (parts if name == "test" else {})
+        found |= {f"{name} {part}": share for part, share in parts.items() if name == "unseen"}
         if cfg.task == "honesty" and name == "test":
             asked = [tok.ask(item["question"]) for item in items]
             o = row_logp(run, local.model, [(q, tok.encode(text) + tok.stop) for q, text in zip(asked, texts)]).exp()
@@ -772,7 +784,8 @@ def evaluate(cfg, run, local, world):
 
 
 def proposer_measures(rows, world):
-    """Of what a proposer writes; rates are of everything it wrote, but for those "of valid"."""
+    """Of what a proposer writes; rates are of everything but reserved programs, or "of valid"."""
+    rows = found if len(found := [row for row in rows if row["drop"] != "held out"]) > 1 else rows
     valid, texts = [row for row in rows if not row["drop"]], [row["instruction"] for row in rows]
     n, m = len(rows), max(1, len(valid))
     share = np.array([*Counter(row["cell"] for row in valid).values()]) / m
@@ -1375,7 +1388,7 @@ def read_seeds(cfg):
             fail(f"{cfg.seeds}, line {n}: must be JSON with a \"question\" that the table PROBLEMS could have written")
     if cfg.seeds and len(items) <= cfg.shots:
         fail(f"--seeds {cfg.seeds}: {len(items)} lines, but must be more than --shots {cfg.shots}")
-    return items
+    return [item for item in items if not item["reserved"]]
 
 
 def append_rows(path, rows):

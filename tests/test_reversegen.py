@@ -116,6 +116,24 @@ def test_t8_what_is_no_question_is_invalid():
     assert m.parse("ana has 5 pens and earns 2 more . how many now ?")["answer"] == "7"
 
 
+def test_reserved_programs_are_in_no_training_data(planted, here):
+    """One in five, in all cells: never drawn, never asked in exploring, counted; all of the split `unseen`."""
+    count = {False: 0, True: 0}
+    for reserved in count:
+        assert m.cells(reserved).keys() == m.cells().keys()
+        count[reserved] = sum(map(len, m.cells(reserved).values()))
+    assert sum(count.values()) == len(m.programs()) and 0.17 < count[True] / len(m.programs()) < 0.23
+    cfg, who = planted
+    world, rng = who.world, random.Random(0)
+    assert all(item["reserved"] == (name == "unseen") for name, items in world.sets.items() for item in items)
+    assert not any(world.draw(rng, 0.5)["reserved"] for _ in range(3000))
+    question = m.make_question(rng, "add 1", reserved=True)["question"]
+    who.proposer.write = lambda prompts, *_: [[question]] * len(prompts)
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 2, [], ())
+    assert {row["drop"] for row in rows} == {"held out"} and who.target.asked == 0
+    assert m.proposer_measures(rows, world)["valid"] == 0  # also where there is nothing else
+
+
 def test_a_target_is_taught_few_of_its_blind_spots_and_no_held_out_question():
     cfg, rng = m.Config(), random.Random(0)
     world, other = m.World(cfg, 0), m.World(cfg, 1)
@@ -467,6 +485,7 @@ def test_rates_are_of_everything_that_was_written():
     """Invalid proposals are no failures, and count below the line."""
     world = SimpleNamespace(weak=["add 0"])
     rows = [dict(instruction="a b", drop="", failure=True, cell="add 0"), dict(instruction="a c", drop="invalid"),
+            dict(instruction="a d", drop="held out", cell="add 0"),
             dict(instruction="a b", drop="", failure=False, cell="two 1"), dict(instruction="", drop="no reply")]
     found = m.proposer_measures(rows, world)
     assert (found["failure"], found["failure of valid"], found["valid"], found["unique"]) == (0.25, 0.5, 0.5, 0.75)
@@ -550,7 +569,8 @@ def test_t10_budget_is_counted_to_the_call(planted, here):
     assert {row["drop"] for row in rows if row["instruction"] in ("nonsense", "")} == {"invalid"}
     more = m.explore(cfg, a_run(here), dict(done={}), who, "round2", 30, rows, ("round", 0, 2))
     assert who.target.asked == 60 and not {row["instruction"] for row in more if row["asked"]} & set(texts)
-    assert m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1)) == rows and who.target.asked == 60
+    again = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1))
+    assert again == rows and who.target.asked == 60
 
 
 def test_t11_a_cut_file_is_completed_to_the_same_bytes(planted, here):
