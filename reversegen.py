@@ -14,7 +14,7 @@ it is trained by DPO, again and again, until it writes what the target cannot do
                                             # 78 by filtering without training (9 targets)
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
   python reversegen.py --scale long         # rarer blind spots, more rounds, five targets; --resume goes on
-  python reversegen.py --target https://host/v1#MODEL --targets 1 --arms 4    # what a served model fails at, as JSONL
+  python reversegen.py --target DIR --targets 1 --arms 4    # what a chat model fails at, as JSONL; or https://h/v1#NAME
 
 Symbols (B rows, L tokens)
   paper          code              shape    meaning
@@ -30,13 +30,15 @@ why it was dropped, answers, failure); proposer0 to R .safetensors; data-ARM.jso
 Differences from the paper, of which the official code and summaries were at hand, not the text
   world       made questions with an exact judge and solver, in place of GSM8K, MMLU and of GPT-4o as judge and teacher:
               no stronger model's knowledge can be what helps. Blind spots are planted: a third of the kinds of
-              question is rare in the target's pre-training. Held-out questions are new in words; most of their sums
-              occur in training. Task safety is left out.
+              question is rare in the target's pre-training. Held-out questions are new in words, most of their
+              numbers are not: the programs of the split unseen alone are in no training data. A tiny target solves
+              these less well also where it is not blind, so claims are about the split test. No task safety.
   models      tiny ones from random weights, all weights trained by AdamW, in place of 3B to 8B with RMSprop and LoRA
-  target      also an endpoint, which is asked and not tuned. A checkpoint as proposer is left out.
+  target      also a chat model, a checkpoint or endpoint, that is asked and not tuned, then judge and teacher may be
+              chat models too. The proposer is always a tiny one, so its questions are of this world.
   judge       always on, before the target is asked: what does not parse is no failure, and counts in all rates
   pairs       of a round's valid proposals; `random` as in the official code, where prompt, failure and success have
-              nothing to do with each other. Samples of one prompt as pairs are left out.
+              nothing to do with each other.
   rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
               over ever more pairs it collapsed. With fewer pairs than half a batch there is none. The last questions
               come from the last round in which what it writes is valid and not all the same.
@@ -130,7 +132,7 @@ class Config:
     top_p: float = 0.95  # share of probability they are cut to (official code: 0.9 and 0.98)
     max_new: int = 24  # most tokens of a proposal or an answer (paper: 512)
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
-    pairing: str = "random"  # random|own: prompt, failure and success drawn apart (official code); the failure's prompt
+    pairing: str = "random"  # random|own|same-prompt: prompt, failure and success apart (official code), failure's, one
     beta: float = 0.1  # of DPO (paper: 0.1)
     dpo_steps: int = 8  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
     dpo_batch: int = 32  # pairs of a step (official code: 8)
@@ -655,7 +657,13 @@ def dpo_loss(logp, ref, beta):
 
 def build_pairs(rows, pairing, rng):
     """[(prompt, failure, success)]: the proposer shall prefer what the target fails at. As many as there are of the
-    rarer kind. random: the three have nothing to do with each other (official code); own: the failure's prompt."""
+    rarer kind. random: the three have nothing to do with each other (official code); own: the failure's prompt;
+    same-prompt: of prompts with one of each."""
+    if pairing == "same-prompt":
+        found = defaultdict(dict)
+        for row in rows:
+            found[tuple(row["prompt"])][row["failure"]] = row["instruction"]
+        return [(list(prompt), said[True], said[False]) for prompt, said in found.items() if len(said) == 2]
     positive, negative = ([row for row in rows if row["failure"] == want] for want in (True, False))
     prompts = [row["prompt"] for row in rows]
     for each in (prompts, positive, negative):
@@ -667,7 +675,8 @@ def build_pairs(rows, pairing, rng):
 # Exploring: proposals, their judge, the target
 def attempt(cfg, who, ids, key):
     """Rows of proposals `ids`: the seeds that they follow, the question, and why it is dropped, "" if it is valid."""
-    demos = [random_of("demos", cfg.seed, *key, i).sample(range(len(who.seeds)), cfg.shots) for i in ids]
+    places = [i // 2 if cfg.pairing == "same-prompt" else i for i in ids]  # there a prompt is followed twice
+    demos = [random_of("demos", cfg.seed, *key, i).sample(range(len(who.seeds)), cfg.shots) for i in places]
     prompts = [proposal_row(cfg, who, some, "")[0] for some in demos]
     texts = who.proposer.write(prompts, 1, cfg.temp, cfg.top_p, (*key, ids[0]))
     questions = [cut(text, cfg.shots) for text, in texts]
@@ -1376,19 +1385,18 @@ def read_rows(path, size):
 
 def read_seeds(cfg):
     """The questions of --seeds, [] if there is none."""
-    try:
-        lines = Path(cfg.seeds).read_text("utf-8").splitlines() if cfg.seeds else []
-    except (OSError, ValueError) as error:
-        fail(f"--seeds {cfg.seeds}: {error}")
     items = []
-    for n, line in enumerate(lines, 1):
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
-            items.append(parse(json.loads(line)["question"]))
-        if len(items) < n or not items[-1]:
-            fail(f"{cfg.seeds}, line {n}: must be JSON with a \"question\" that the table PROBLEMS could have written")
+    try:
+        for line in Path(cfg.seeds).read_bytes().splitlines() if cfg.seeds else ():
+            items.append({} | parse(json.loads(line)["question"]))  # TypeError where it is none
+    except OSError as error:
+        fail(f"--seeds {cfg.seeds}: {error}")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fail(f"--seeds {cfg.seeds}, line {len(items) + 1}: must be JSON with a \"question\" of PROBLEMS")
+    items = [item for item in items if not item["reserved"]]
     if cfg.seeds and len(items) <= cfg.shots:
-        fail(f"--seeds {cfg.seeds}: {len(items)} lines, but must be more than --shots {cfg.shots}")
-    return [item for item in items if not item["reserved"]]
+        fail(f"--seeds {cfg.seeds}: needs more than --shots {cfg.shots} questions that are not reserved (is_reserved)")
+    return items
 
 
 def append_rows(path, rows):
@@ -1550,13 +1558,6 @@ def new_questions(cfg, run, who, arm, b, proposals):
     return list(itertools.islice(itertools.cycle(rows), cfg.n_train)), asked
 
 
-def labelled(cfg, who, items, key):
-    """honesty: ask the target about questions of which its answers are not known yet, and count the calls."""
-    new = [item for item in items if "entropy" not in item] if cfg.task == "honesty" else []
-    respond(cfg, who, new, key)
-    return items, sum(item["asked"] for item in new)
-
-
 def tune_rows(cfg, who, items):
     """(prompt, completion) in tokens: the solution; honesty: the target's own most frequent answer, without which it
     forgets to answer, and whether it is sure of that."""
@@ -1575,11 +1576,12 @@ def run_arm(cfg, run, who, state, b, arm, replay, proposals):
     """Tune the target, from its first weights, on N new questions and the replay; measure it."""
     new, asked = new_questions(cfg, run, who, arm, b, proposals)
     different = len({row["question"] for row in new})
-    new, more = labelled(cfg, who, new, ("label", b, arm))
+    more = [row for row in new if "entropy" not in row] if cfg.task == "honesty" else []
+    respond(cfg, who, more, ("label", b, arm))  # what the target says to them is not known yet
     keys = "question", "solution", "cell", "responses", "entropy"
     replace_file(who.folder / f"data-{arm}.jsonl", "".join(
         json.dumps({key: row[key] for key in keys if key in row}) + "\n" for row in new).encode())
-    found = {"calls": asked + more, "different": different,
+    found = {"calls": asked + sum(row["asked"] for row in more), "different": different,
              "in blind spots": sum(row["cell"] in who.world.weak for row in new) / max(1, len(new))}
     if isinstance(who.target, Local):
         model = once(cfg, run, who.folder / f"arm{arm}.safetensors", lambda: fit(
@@ -1595,7 +1597,9 @@ def run_target(cfg, run, state, b, who):
     rng, make = random_of("replay", cfg.seed, b), functools.partial(train_proposer, cfg, run, state, b, who)
     who.proposer = Local(cfg, once(cfg, run, who.folder / "proposer0.safetensors", make), who.proposer.tok)
     proposals = propose_all(cfg, run, who, state, b)
-    replay = labelled(cfg, who, fresh(who.world, rng, cfg.weak_mass, cfg.n_train), ("replay", b))[0]
+    replay = fresh(who.world, rng, cfg.weak_mass, cfg.n_train)
+    if cfg.task == "honesty":
+        respond(cfg, who, replay, ("replay", b))
     for arm in cfg.arms.split(","):
         if arm != "0" and f"b{b}/{arm}" not in state["done"]:
             run_arm(cfg, run, who, state, b, arm, replay, proposals)

@@ -421,6 +421,21 @@ def test_t4_pairs(pairing, fails):
         assert prompts == set(range(12)) and len(set(map(str, draws))) > 15
 
 
+def test_t4_pairs_of_one_prompt(planted, here):
+    """T4: same-prompt: failure and success follow the same seeds, each prompt once; proposals come in twos."""
+    cfg, who = planted
+    cfg.pairing = "same-prompt"
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ())
+    assert all(a["prompt"] == b["prompt"] for a, b in zip(rows[::2], rows[1::2]))
+    scored = [row for row in rows if "failure" in row]
+    found, said = m.build_pairs(scored, cfg.pairing, random.Random(0)), {}
+    for row in scored:
+        said.setdefault(str(row["prompt"]), {}).setdefault(row["failure"], set()).add(row["instruction"])
+    both = {prompt for prompt, kinds in said.items() if len(kinds) == 2}
+    assert both and {str(prompt) for prompt, *_ in found} == both and len(found) == len(both)
+    assert all(bad in said[str(prompt)][True] and good in said[str(prompt)][False] for prompt, bad, good in found)
+
+
 def test_dpo_prefers_what_it_is_told_to(tmp_path):
     """Learning test: failures of one kind of question, successes of another: the margin of new pairs rises; with the
     sides exchanged, which would pass if the loss ignored them, it falls."""
@@ -797,11 +812,12 @@ def test_seeds_from_a_file(here, rejects):
     assert [item["cell"] for item in m.read_seeds(config("--seeds", str(path)))] == ["add 1"] * 3
     assert m.read_seeds(config()) == []
     for bad, words in (("{", "line 4"), ('{"q": 1}', "line 4"), ('{"question": 3}', "line 4"), ("[]", "line 4"),
-                       ('{"question": "how many ?"}', "line 4"), ("\xff", "line 4")):
+                       ('{"question": null}', "line 4"), ('{"question": "how many ?"}', "line 4"), ("\xff", "line 4")):
         path.write_text("\n".join([*good, bad]))
         rejects(m.main, [*SMOKE, "--seeds", path], words, "seeds.jsonl", "question")
-    path.write_text(good[0])
-    rejects(m.main, [*SMOKE, "--seeds", path], "--shots")
+    reserved = m.make_question(random.Random(0), "add 1", reserved=True)["question"]
+    path.write_text("\n".join([good[0], json.dumps(dict(question=reserved))]))
+    rejects(m.main, [*SMOKE, "--seeds", path], "--shots", "reserved")
 
 
 @pytest.mark.real
