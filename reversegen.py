@@ -122,7 +122,7 @@ class Config:
     n_seeds: int = 1500  # seed questions (paper: 2448 to 62,000)
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
     starved: float = 0.0005  # their share in the target's pre-training
-    n_test: int = 900  # held-out questions, equally many of each cell; a third as many natural and reworded ones
+    n_test: int = 900  # held-out questions, as many of each cell; a third as many natural, reworded and unseen
     n_eval: int = 500  # proposals that are looked at after each round, none of them left out
     # exploration
     rounds: int = 3  # R, of proposing and DPO (paper: several)
@@ -312,18 +312,19 @@ class World:
         names, self.held = sorted(cells()), {}
         random_of("blind spots", cfg.seed, b).shuffle(names)
         self.weak, self.strong = ([], names) if cfg.target else (names[:10], names[10:])
-        rng, each = random_of(cfg.split), -(-cfg.n_test // 30)  # held out: drawn first, and never again
-        self.sets = dict(test=[self.hold(make_question(rng, cell)) for cell in sorted(names) for _ in range(each)])
-        self.sets["reworded"] = [self.hold(make_question(rng, cell, True))
-                                 for cell in itertools.islice(itertools.cycle(sorted(names)), cfg.n_test // 3)]
-        self.sets["unseen"] = [self.hold(make_question(rng, cell, reserved=True))
-                               for cell in sorted(names) for _ in range(-(-each // 3))]
-        self.sets["natural"] = [self.hold(self.draw(rng, cfg.weak_mass)) for _ in range(cfg.n_test // 3)]
-        self.gate = [self.hold(make_question(random_of("gate", cell, i), cell)) for cell in cells() for i in range(10)]
+        rng, third = random_of(cfg.split), -(-cfg.n_test // 90) * 30  # held out: drawn first, and never again
+        self.gate = self.hold(random_of("gate"), 300)  # by which no arm is measured
+        self.sets = dict(test=self.hold(rng, -(-cfg.n_test // 30) * 30), reworded=self.hold(rng, third, reworded=True),
+                         unseen=self.hold(rng, third, reserved=True), natural=[])
+        self.sets["natural"] = [self.draw(rng, cfg.weak_mass) for _ in range(third)]
+        self.held |= {item["question"]: item for item in self.sets["natural"]}
         self.near = Near(self.held)
 
-    def hold(self, item):
-        return self.held.setdefault(item["question"], item)
+    def hold(self, rng, n, **how):
+        """n questions, equally many of each cell, that are drawn for nothing else."""
+        items = [make_question(rng, cell, **how) for cell in sorted(cells()) for _ in range(n // 30)]
+        self.held |= {item["question"]: item for item in items}
+        return items
 
     def draw(self, rng, share):
         """A question, with probability `share` of the blind spots."""
@@ -764,20 +765,25 @@ def calibration_error(confidence, right, bins=10):
     return float(sum(abs(gap[place == b].sum()) for b in range(bins)) / len(gap))
 
 
-def greedy(local, world, items):
-    """Greedy answers to items; which are right (N,); the shares of right ones in the blind spots and elsewhere."""
-    texts = [text for text, in local.ask([item["question"] for item in items], 1, 0.0, ())]
+def greedy(local, items):
+    return [text for text, in local.ask([item["question"] for item in items], 1, 0.0, ())]
+
+
+def graded(world, items, texts):
+    """Which texts are right (N,), and the shares of right ones in the blind spots and elsewhere."""
     right = np.array([item["answer"] == read_answer(text) for item, text in zip(items, texts)])
     weak = np.array([item["cell"] in world.weak for item in items])
     parts = (("weak", weak), ("strong", ~weak))
-    return texts, right, {name: float(right[part].mean()) for name, part in parts if part.any()}
+    return right, {name: float(right[part].mean()) for name, part in parts if part.any()}
 
 
 def evaluate(cfg, run, local, world):
     """Measures of a target on the held-out questions."""
-    found, tok = {}, local.tok
+    found, tok, everything = {}, local.tok, sum(world.sets.values(), [])
+    said = dict(zip((item["question"] for item in everything), greedy(local, everything)))
     for name, items in world.sets.items():
-        texts, right, parts = greedy(local, world, items)
+        texts = [said[item["question"]] for item in items]
+        right, parts = graded(world, items, texts)
         found |= {name: float(right.mean())} | (parts if name == "test" else {})
         found |= {f"{name} {part}": share for part, share in parts.items() if name == "unseen"}
         if cfg.task == "honesty" and name == "test":
@@ -1321,9 +1327,11 @@ class Remote:
 
 def chat_model(cfg, run, name, form=SOLVE):
     """What --target, --judge and --teacher name: an endpoint, or a checkpoint; None for ""."""
-    if not name or "://" in name:
+    if not name:
+        return None
+    if "://" in name:
         (run.out / "replies").mkdir(exist_ok=True)
-        return Remote(cfg, Chat(*name.split("#", 1), run.out / "replies"), form) if name else None
+        return Remote(cfg, Chat(*name.split("#", 1), run.out / "replies"), form)
     folder = fetch_model(name)
     try:
         shape = read_shape(json.loads((folder / "config.json").read_text()))
@@ -1425,7 +1433,7 @@ def ledger(cfg, run):
     speeds = batch["ids"].numel() / seconds, len(prompts) * cfg.max_new / spent
     minutes = cfg.targets * sum(tokens / speed for tokens, speed in zip(work(cfg), speeds)) / 60
     print(f"{speeds[0]:,.0f} tokens/s learned from, {speeds[1]:,.0f} written: at most about {minutes:.1f} minutes, if "
-          "every text is as long as it may be", flush=True)
+          "every text is as long as it may be" + ", without what chat models take" * bool(cfg.target), flush=True)
 
 
 def dry_run(cfg):
@@ -1472,7 +1480,7 @@ def set_up(cfg, run, state, b):
 
 def check_blind_spots(everyone):
     """Targets that fail nowhere, or everywhere, leave nothing to explore: asked on questions that no result is of."""
-    parts = [greedy(who.target, who.world, who.world.gate)[2] for who in everyone]
+    parts = [graded(who.world, who.world.gate, greedy(who.target, who.world.gate))[1] for who in everyone]
     weak, strong = (np.mean([part[name] for part in parts]) for name in ("weak", "strong"))
     print(f"the targets have {weak:.0%} of their blind spots right and {strong:.0%} of the rest (dev questions)")
     if weak > 0.6 or strong < 0.8:
@@ -1637,7 +1645,10 @@ def main(argv=None):
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("torchrun: here each target is a process of its own: --targets 1 with several --seed and --out")
-    read_seeds(cfg)  # a mistake in it shall leave nothing half written
+    read_seeds(cfg)  # a mistake in these shall leave nothing half written
+    for name in (cfg.target, cfg.judge, cfg.teacher):
+        if name and "://" not in name:
+            fetch_model(name)
     run = start_run(cfg, "reversegen")
     state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]

@@ -967,6 +967,7 @@ BAD = {
     "--target https://me:word@h/v1#x": "without a user",
     "--weak-mass 2": "--weak-mass", "--n-test 1": "--n-test 3 9000", "--n-test 10000": "--n-test 9000",
     "--task honesty --target http://h/v1#x --targets 1": "--task math", "--judge http://h/v1#x": "--teacher",
+    "--target nosuch --targets 1 --arms 4": "nosuch folder hub",
     "--teacher http://me:word@h/v1#x": "--teacher without a user", "--seeds none.jsonl": "--seeds none.jsonl",
     "--pairing odd": "odd own"}
 
