@@ -123,14 +123,14 @@ class Config:
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
     starved: float = 0.0005  # their share in the target's pre-training
     n_test: int = 900  # held-out questions, as many of each cell; a third as many natural, reworded and unseen
-    n_eval: int = 500  # proposals that are looked at after each round, none of them left out
+    n_eval: int = 500  # proposals that are looked at after each round; those of reserved programs are left out
     # exploration
     rounds: int = 3  # R, of proposing and DPO (paper: several)
     queries: int = 1000  # questions the target is asked in a round
     shots: int = 3  # seeds that a proposal follows (paper: 3)
     temp: float = 1.0  # temperature of proposals (paper: 1)
     top_p: float = 0.95  # share of probability they are cut to (official code: 0.9 and 0.98)
-    max_new: int = 24  # most tokens of a proposal or an answer (paper: 512)
+    max_new: int = 24  # most tokens of a proposal or a tiny target's answer (paper: 512)
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
     pairing: str = "random"  # random|own|same-prompt: prompt, failure and success apart (official code), failure's, one
     beta: float = 0.1  # of DPO (paper: 0.1)
