@@ -115,13 +115,13 @@ class Config:
     n_layer: int = 2  # layers of the tiny models
     n_head: int = 4  # their attention heads
     n_embd: int = 64  # their width
-    target_steps: int = 550  # optimizer steps of a target's own pre-training
+    target_steps: int = 450  # optimizer steps of a target's own pre-training
     proposer_steps: int = 300  # the same of a proposer's
     batch_size: int = 64  # examples of a step, but for DPO
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
     n_seeds: int = 1500  # seed questions (paper: 2448 to 62,000)
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
-    starved: float = 0.0005  # their share in the target's pre-training
+    starved: float = 0.0002  # their share in the target's pre-training
     n_test: int = 900  # held-out questions, as many of each cell; a third as many natural, reworded and unseen
     n_eval: int = 500  # proposals that are looked at after each round; those of reserved programs are left out
     # exploration
@@ -191,12 +191,12 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
     "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=800),
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
-                 target_steps=1400, proposer_steps=1000),
+                 proposer_steps=1000),
     "paper": dict(n_layer=32, n_head=32, n_embd=4096, max_new=512, n_seeds=62000, queries=100000, n_train=10000,
                   tune_steps=2500, batch_size=8, dpo_batch=8, dpo_steps=5000, lr=5e-5, dpo_lr=5e-5, tune_lr=5e-5,
                   top_p=0.9),
 }
-TRIED = {"0": 1, "1": 3, "2": 3, "3": 3, "4": 9, "7": 3}  # settings looked at on dev questions; six of DPO
+TRIED = {"0": 2, "1": 3, "2": 3, "3": 3, "4": 9, "7": 3}  # settings looked at on dev questions; six of DPO
 
 
 # ---------------------------------------------------------------- 2. Data
