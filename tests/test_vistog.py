@@ -125,6 +125,46 @@ def test_attention_of_the_class_token():
     assert torch.allclose(streams["attention"], wanted, atol=1e-6) and streams["attention"].shape == (2, 81)
 
 
+def clip_folder(folder, **changes):
+    """A random CLIP image encoder as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, image_size=28,
+                 patch_size=7)
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**shape | changes)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_clip_features_are_those_of_transformers(tmp_path):
+    """The hidden state before the last layer, as LLaVA takes it, from pixels between 0 and 1."""
+    for changes in ({}, dict(num_attention_heads=4, image_size=21, num_hidden_layers=2)):
+        model, side = clip_folder(tmp_path, **changes), changes.get("image_size", 28)
+        pixels, vision = torch.rand(2, 3, side, side), m.load_clip(tmp_path)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (m.CLIP_MEAN, m.CLIP_STD))
+        wanted = model((pixels - mean) / std, output_hidden_states=True).hidden_states[-2]
+        assert torch.allclose(vision(pixels), wanted, atol=1e-4)
+        assert not any(p.requires_grad for p in vision.parameters())
+        assert torch.allclose(vision.streams(pixels)["out"], wanted, atol=1e-4)
+
+
+def test_wrong_checkpoints(rejects, tmp_path):
+    """No directory, another activation, a tensor that is not there."""
+    (tmp_path / "other").mkdir()
+    rejects(lambda argv: m.load_clip(tmp_path / "none"), [], "none", "CLIP")
+    shape = dict(hidden_size=8, image_size=14, patch_size=7, num_attention_heads=2, intermediate_size=8,
+                 num_hidden_layers=2, layer_norm_eps=1e-5)
+    (tmp_path / "other" / "config.json").write_text(json.dumps(dict(vision_config=shape | dict(hidden_act="gelu"))))
+    rejects(lambda argv: m.load_clip(tmp_path / "other"), [], "other", "quick_gelu")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(shape))
+    save_file({"vision_model.embeddings.class_embedding": torch.zeros(8)}, tmp_path / "other" / "model.safetensors")
+    rejects(lambda argv: m.load_clip(tmp_path / "other"), [], "other")
+
+
 # ---------------------------------------------------------------- the grouping layer
 def grouping_inputs(B=2, M=4, N=9, d=5, dtype=torch.float64):
     torch.manual_seed(1)
@@ -360,7 +400,7 @@ def test_labels_count_where_they_stand():
     part = m.story_part(m.captions(test), test["asked"], test["answers"])
     text = m.Network(cfg, "blind", vision, net.lm)
     last = part["ids"].clone()
-    last[:, -4:] = 5
+    last[:, -3:] = 5
     if (test["answers"][:, -1] < 0).all():
         assert m.loss_sum(run, text, part | dict(ids=last))[0] == m.loss_sum(run, text, part)[0]
     full = m.loss_sum(run, text, part)
@@ -373,7 +413,7 @@ def test_story_is_read_by_its_questions():
     cfg, vision, net = parts("blind")
     test = held_out(vision, 2)
     part = m.story_part(m.captions(test), test["asked"], torch.zeros_like(test["answers"]))
-    assert part["position"][0].tolist() == [*range(11), *([11, 12, 13, 14] * 7)]
+    assert part["position"][0].tolist() == [*range(11), *([11, 12, 13] * 7)]
     before, changed = net(part), part["ids"].clone()
     changed[:, 1] = m.WORD["pink"]
     seen = (net(part | dict(ids=changed)) - before).abs().amax(1)
@@ -430,7 +470,7 @@ def test_counted_flops_are_the_closed_form(arm):
     """T11: products and convolutions of the streams, the reducer and the language model, for one image."""
     cfg, vision, net = parts(arm, n_sem=9)
     net.requires_grad_(False).train()  # in eval attention of PyTorch is fused, and not counted
-    part = m.qa_part(torch.zeros(1, 1, 4, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), net.m, net.m)
+    part = m.qa_part(torch.zeros(1, 1, 3, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), net.m, net.m)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others it cannot count on a CPU
         if net.m:
             vision.streams(torch.rand(1, 3, 45, 45))
@@ -438,7 +478,7 @@ def test_counted_flops_are_the_closed_form(arm):
     stream = vision.streams(torch.rand(1, 3, 45, 45))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         net(part | stream)
-    wanted, d = m.work(net, 4), 16
+    wanted, d = m.work(net, 3), 16
     extra = 2 * d * d + 2 * 82 * d if net.m else 0  # the class token's attention, which is no part of the encoder
     assert encoder - extra == wanted["encoder"]
     assert counter.get_total_flops() == wanted["reducer"] + wanted["reader"]
@@ -455,10 +495,11 @@ def facts(made, i):
 
 def reply(question, objects):
     """The answer to a question in words, by its meaning, from a list of objects."""
-    kind, a, b, _ = question
-    named = [o for o in objects if a in (o["colour"], o["shape"])]
+    kind, a, b = question
+    named = [o for o in objects if b in (o["colour"], o["shape"])]
     if kind == "exists":
         return "yes" if any(o["colour"] == a and o["shape"] == b for o in objects) else "no"
+    assert a == ("half" if kind in ("left", "right", "upper", "lower") else "thing")
     if kind == "count":
         return str(len(named))
     if kind in ("colour", "shape", "digit"):
@@ -466,7 +507,7 @@ def reply(question, objects):
         return named[0]["colour" if kind == "colour" else "shape"]
     (one,) = named
     beyond = (one["x" if kind in ("left", "right") else "y"] - 22.5) * (1 if kind in ("right", "lower") else -1)
-    assert abs(beyond) > 2 and b == "half"
+    assert abs(beyond) > 2
     return "yes" if beyond > 0 else "no"
 
 
@@ -494,7 +535,7 @@ def test_answers_by_their_meaning():
             assert abs((valid == m.WORD["yes"]).double().mean() - 0.5) < 3.3 * 0.5 / len(valid) ** 0.5, name
         most = valid.bincount().max() / len(valid)
         assert most < dict(count=0.36, attribute=0.16, digit=0.24).get(name, 0.7), name
-    assert m.questions(made, g)[0].shape == (400, 6, 4)
+    assert m.questions(made, g)[0].shape == (400, 6, 3)
 
 
 def test_scenes():
@@ -630,36 +671,45 @@ def test_linear_probe():
 
 
 # ---------------------------------------------------------------- learning, steps
-def trained(tmp_path, arm, steps=120, **changes):
-    """An arm that learns to name the colour of the only object, from an encoder that sees colours in its patches."""
+def halves(n, seed):
+    """Images whose left and right half are red or green, and questions for the colour of one half."""
+    g = generator(seed)
+    colour, side = torch.randint(2, (n, 2), generator=g), torch.randint(2, (n, 1), generator=g)
+    paint = torch.tensor([*m.COLOURS.values()])[colour].mT  # (n, 3, 2)
+    pixels = paint.repeat_interleave(23, 2)[:, :, None, :45].expand(-1, -1, 45, -1)
+    asked = m.WORD["left"] + side[:, None]  # (n, 1, 1)
+    return pixels + 0.1 * torch.randn(pixels.shape, generator=g), asked, m.WORD["red"] + colour.gather(1, side)
+
+
+def trained(tmp_path, arm, steps=120):
+    """Share of right answers about halves after training an arm on a random encoder."""
     torch.manual_seed(0)
-    cfg = m.Config(arms=arm, **(dict(vit_layer=1, vit_embd=16, n_layer=1, n_embd=32, n_head=2, batch_size=16,
-                                     n_sem=4, log_every=10**6, save_every=10**6) | changes))
+    cfg = m.Config(arms=arm, vit_layer=1, vit_embd=16, n_layer=1, n_embd=32, n_head=2, batch_size=32, n_sem=4,
+                   log_every=10**6, save_every=10**6)
     run = SimpleNamespace(device=CPU, dtype=torch.float32, rank=0, world=1, out=tmp_path, stop=False, began=0.0)
     vision = m.tiny_vision(cfg).requires_grad_(False)
     net = m.Network(cfg, arm, vision, small_lm(cfg))
 
     def batch(step):
-        g = generator(step)
-        made = m.make_scenes(cfg.batch_size, g)
-        made["there"][:, 1:] = False
-        asked = torch.tensor(words("colour thing thing ?")).expand(cfg.batch_size, 1, -1)
-        part = m.qa_part(asked, m.WORD["red"] + made["colour"][:, :1], net.m, net.m)
-        part |= {k: x for k, x in vision.streams(m.render(made, g)).items() if net.m}
-        return part | (dict(noise=m.gumbel_noise((cfg.batch_size, net.m, 81), g)) if net.kind == "vistog" else {})
+        pixels, asked, answers = halves(cfg.batch_size, step)
+        part = m.qa_part(asked, answers, net.m, net.m)
+        part |= {k: x for k, x in vision.streams(pixels).items() if net.m}
+        noise = m.gumbel_noise((cfg.batch_size, net.m, 81), generator(step))
+        return part | (dict(noise=noise) if net.kind == "vistog" else {})
 
-    m.train(cfg, run, arm, net, batch, steps, 1e-2, {})
-    net.eval()
-    part = {k: x for k, x in batch(10**6).items() if k != "noise"}
+    m.train(cfg, run, arm, net, batch, steps, 3e-3, {})
+    part, label = batch(10**6), batch(10**6)["label"]
     with torch.no_grad():
-        return (net(part).argmax(1) == part["label"][part["label"] >= 0]).double().mean().item()
+        said = net.eval()({k: x for k, x in part.items() if k != "noise"}).argmax(1)
+    return (said == label[label >= 0]).double().mean().item()
 
 
 @pytest.mark.parametrize("arm", ["vistog", "blind"])
 def test_grouping_learns_what_blindness_cannot(arm, tmp_path):
-    """120 steps: colours of one object through four tokens; without the image one in eight."""
+    """120 steps: the colour of the left or right half through four tokens, which one mean of all patches cannot say
+    when they differ; without the image a coin."""
     share = trained(tmp_path, arm)
-    assert share > 0.8 if arm == "vistog" else share < 0.5, share
+    assert share > 0.9 if arm == "vistog" else share < 0.75, share
 
 
 def test_splitting_a_batch_does_not_change_the_gradient():
@@ -720,7 +770,7 @@ def test_two_ranks_give_the_weights_of_one(alone, smoke):
                        (smoke("vistog").out, cwd / "out/vistog/scenes-smoke-s0"))
         assert whole.keys() == ours.keys()
         for k in whole:  # Adam divides by the size of a gradient: where that is all rounding steps differ
-            assert (whole[k] - ours[k]).abs().max() < (5e-2 if "k_proj.bias" in k else 1e-4), k
+            assert (whole[k] - ours[k]).abs().max() < (5e-2 if re.search(r"k_proj.bias|in_proj_bias", k) else 2e-4), k
 
 
 # ---------------------------------------------------------------- command line
@@ -748,3 +798,73 @@ def test_smoke(smoke):
 
 def test_kill_and_resume(kill_and_resume):
     kill_and_resume("vistog", "--arms", "blind,vistog", seed=1)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, smoke, monkeypatch, capsys):
+    """Stopped in the second stage of the last arm: status 130, the command to go on, the same answers at the end."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ledger", "plot_groups"):
+        monkeypatch.setattr(m, name, lambda *_: None)
+    checks, argv = [], [*SMOKE, "--arms", "blind,vistog"]
+    monkeypatch.setattr(m, "should_stop", lambda run: checks.append(0) or len(checks) == 15)
+    monkeypatch.setattr(m.sys, "argv", ["vistog.py", *argv])
+    with pytest.raises(SystemExit) as stop:
+        m.main(argv)
+    command = re.search(r"continue with: (.*)", capsys.readouterr().out)[1]
+    assert stop.value.code == 130 and shlex.split(command)[1:] == ["vistog.py", *argv, "--resume"]
+    state = torch.load(tmp_path / "out/vistog/scenes-smoke-s0/state.pt", weights_only=True)
+    assert (state["job"], state["step"], state["done"]) == ("vistog", 3, ["encoder", "lm", "blind", "vistog align"])
+    wanted, again = smoke("vistog", "--arms", "blind,vistog").result["metrics"], m.main([*argv, "--resume"])["metrics"]
+    assert {k: x for k, x in again.items() if "per_s" not in k} == {k: x for k, x in wanted.items() if "per_s" not in k}
+
+
+def test_directories_of_another_run(rejects, smoke, tmp_path):
+    out, argv = smoke("vistog", "--arms", "blind,vistog").out, [*SMOKE, "--arms", "blind,vistog"]
+    rejects(m.main, [*argv, "--out", out], "finished run", "--out")
+    shutil.copytree(out, tmp_path / "broken", ignore=shutil.ignore_patterns("result.json"))
+    rejects(m.main, [*argv, "--out", tmp_path / "broken"], "interrupted run", "--resume")
+    rejects(m.main, [*argv, "--out", tmp_path / "broken", "--resume", "--lr", "1", "--eps", "2"], "are: eps, lr")
+
+
+BAD = {"--colour red": "--colour -h", "--ste 5": "--ste", "--task real": "real scenes", "--scale huge": "huge smoke",
+       "--steps x": "--steps", "--arms full,": "--arms", "--arms full,full": "--arms", "--arms x": "--arms vistog",
+       "--seed -1": "--seed 0", "--steps 0": "--steps 1", "--n-sem 8": "--n-sem 9", "--n-sem 100": "--n-sem 81",
+       "--tau 0": "--tau", "--lr nan": "--lr", "--n-head 3": "--n-head", "--held-out train": "dev test",
+       "--scale paper": "--scale --dry-run", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
+       "--eps inf": "--eps", "--digits": "--digits"}
+
+
+@pytest.mark.parametrize("argv, words", BAD.items(), ids=list(BAD))
+def test_wrong_flags(rejects, argv, words):
+    if argv in ("--device cuda", "--kernels") and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    rejects(m.main, [*SMOKE, *argv.split()], *words.split())
+
+
+def test_missing_kernels(rejects):
+    rejects(lambda argv: m.load_kernel(*argv), ["no_such_kernel"], "--kernels", "kernels/", "triton")
+
+
+def test_kernel_and_script_agree(monkeypatch):
+    """The reference of kernels/hard_assign.py, which the kernel is compared with, groups as hard_assign does."""
+    from kernels.hard_assign import hard_assign_ref
+
+    cfg, vision, net = parts(n_sem=4)
+    stream, noise = vision.streams(torch.rand(2, 3, 45, 45)), m.gumbel_noise((2, 4, 81), generator())
+    wanted, index = net.reduce(stream, noise), net.reduce.index
+    monkeypatch.setattr(m, "load_kernel", dict(hard_assign=hard_assign_ref).get)
+    net.reduce.kernels = True
+    assert torch.allclose(net.reduce(stream, noise), wanted, atol=1e-6) and (net.reduce.index == index).all()
+
+
+def test_dry_run_prints_and_creates_nothing(tmp_path, monkeypatch, capsys):
+    """The paper's sizes on the meta device: a LLaMA of 32 layers of 26 D^2 / 2 weights, 64 tokens beside 576."""
+    monkeypatch.chdir(tmp_path)
+    m.main(["--scale", "paper", "--dry-run"])
+    lines = {line.split(": ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    reader = 32 * (13 * 4096**2 + 2 * 4096) + 32000 * 4096 + 4096
+    projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert f" {reader + projector:,} parameters" in lines["full"] and f" {reader:,} parameters" in lines["blind"]
+    assert all(word in lines["vistog"] for word in ("tokens", "FLOPs", "GiB", "hours"))
+    hours = {arm: float(re.search(r"([\d.]+) hours", lines[arm])[1]) for arm in ("full", "vistog")}
+    assert hours["full"] > 3 * hours["vistog"] and list(tmp_path.iterdir()) == []
