@@ -168,7 +168,7 @@ COLOURS = dict(red=(0.85, 0.1, 0.1), green=(0.1, 0.7, 0.15), blue=(0.15, 0.2, 0.
 SHAPES = "circle square triangle star cross ring".split()
 SIDES = 8, 11  # pixels of a small and of a large object
 NAMES = [*COLOURS, *SHAPES]  # the words that point to an object; shapes from 6 on are large cards with a digit
-VOCAB = "<pad> <bos> <eos> exists count shape colour digit left right upper lower thing half yes no".split()
+VOCAB = "<pad> <bos> <eos> exists count shape colour digit across down thing half left right upper lower yes no".split()
 VOCAB += [*NAMES, *map(str, range(10))]
 WORD = {word: i for i, word in enumerate(VOCAB)}
 CATEGORIES = "exist adversarial count attribute place digit unseen".split()
@@ -314,14 +314,13 @@ def ask_attribute(scenes, named, cards, generator):
 
 
 def ask_place(scenes, named, generator):
-    """Is the middle of the only star in the left (right, upper, lower) half of the image? Not asked within 2 pixels."""
+    """In which half is the middle of the only star: left or right, or upper or lower? Not asked within 2 pixels."""
     name, valid = choose(named.sum(1) == 1, generator)
-    which, way = named.int().argmax(1).gather(1, name[:, None]), torch.randint(4, name.shape, generator=generator)
+    which, down = named.int().argmax(1).gather(1, name[:, None]), torch.rand(name.shape, generator=generator) < 0.5
     x, y = ((scenes[k] + scenes["side"] / 2).gather(1, which)[:, 0] - CANVAS / 2 for k in ("x", "y"))
-    beyond = torch.where(way < 2, x, y) * torch.where(way % 2 == 0, -1, 1)
-    answer = torch.where(beyond > 0, WORD["yes"], WORD["no"])
-    half = torch.full_like(name, WORD["half"])
-    return WORD["left"] + way, half, WORD["red"] + name, answer, valid & (beyond.abs() > 2)
+    beyond = torch.where(down, y, x)
+    asked, answer = WORD["across"] + down.long(), WORD["left"] + 2 * down + (beyond > 0)
+    return asked, torch.full_like(name, WORD["half"]), WORD["red"] + name, answer, valid & (beyond.abs() > 2)
 
 
 def questions(scenes, generator, test=False):
@@ -839,7 +838,10 @@ def make_batch(cfg, job, net, data, step):
     at = torch.randint(len(data["x"]), (cfg.batch_size,), generator=generator)
     scenes = {k: data[k][at] for k in SCENE}
     if stage == 1:
-        return story_part(captions(scenes), *questions(scenes, generator))
+        part = story_part(captions(scenes), *questions(scenes, generator))
+        if step % 4:  # the words of a caption can hardly be predicted: most batches are about the answers
+            part["label"][:, : 1 + 2 * MOST] = -100
+        return part
     if stage == 3:
         part = caption_part(captions(scenes), net.m)
     else:
