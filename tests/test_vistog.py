@@ -386,6 +386,31 @@ def test_questions_do_not_see_each_other():
     assert (net(no_groups).view(3, 7, -1)[:, 0] - logits[:, 0]).abs().max() < 1e-4
 
 
+def test_free_reducers_with_all_tokens_are_full():
+    """m = N: tokens, places and so the answers of the full arm; with fewer the text stays at place N."""
+    cfg, vision, net = parts("full")
+    test = held_out(vision, 30)
+    wanted, groups = m.right_answers(net, test)
+    assert groups is None and np.isnan(wanted).sum() == (test["answers"] < 0).sum()
+    for name in m.FREE:
+        assert np.array_equal(m.right_answers(net, test, name, 81)[0], wanted, equal_nan=True)
+    part = m.qa_part(test["asked"], test["answers"], 9, 81)
+    assert part["position"][0, :12].tolist() == [4, 13, 22, 31, 40, 49, 58, 67, 76, 81, 82, 83]
+
+
+@torch.no_grad()
+def test_qformer_reads_the_patches_and_not_their_order():
+    """M tokens of the patches without the class token; another order of patches changes nothing, another patch does."""
+    _, vision, net = parts("qformer", n_sem=4)
+    out = torch.randn(2, 82, 16)
+    wanted, order = net.reduce(dict(out=out)), torch.cat([torch.tensor([0]), 1 + torch.randperm(81)])
+    assert wanted.shape == (2, 4, 16) and (net.reduce(dict(out=out[:, order])) - wanted).abs().max() < 1e-5
+    for place, moves in ((0, False), (5, True)):
+        other = out.clone()
+        other[:, place] *= -3
+        assert ((net.reduce(dict(out=other)) - wanted).abs().max() > 1e-4) == moves
+
+
 @torch.no_grad()
 def test_labels_count_where_they_stand():
     """T8: loss and number come from labelled places alone; later text and padding change nothing."""
