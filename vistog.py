@@ -11,7 +11,7 @@ An image costs a multimodal language model hundreds of tokens. VisToG lets a few
 frozen image encoder beside the patches, assigns each patch to one of them and gives the language model their means:
 nine times fewer tokens, and little is lost. Here: a generated world of objects and digits with questions.
 
-  python vistog.py                          # MINUTES on one core: RESULT
+  python vistog.py                          # 8 min on one core: accuracy by arm, what is kept, groups as a picture
   python vistog.py --scale long --arms blind,full,vistog,vistog-joint --seed 1    # ablations, a part of them
   python tests/speed_vistog.py              # times at 576 and 64 tokens with random weights
 
@@ -34,8 +34,9 @@ Differences from the paper, whose text was not at hand: abstract, reviews and Gr
   isolation   two streams instead of a mask: the same numbers (tested), and the image's is computed once and kept.
   world       generated scenes with questions of five kinds instead of LLaVA-1.5's data and eleven benchmarks; a
               single word answers. Colours and shapes of a tenth of the pairs are in no training question (unseen).
-  encoder     trained here on captions, then frozen (paper: CLIP). A convolution ahead of CLIP's layers makes it learn
-              in minutes. Its last layer is used (paper: the last but one of CLIP). All patches, 81, M = 9.
+  encoder     trained here on captions, which name each object and its half of the image, then frozen (paper: CLIP).
+              A convolution ahead of CLIP's layers makes it learn in minutes. Its last layer is used (paper: the last
+              but one). N = 81, M = 9.
   language    a small decoder that has learned to answer questions about written captions, instead of Vicuna.
   stages      captions with the language model frozen, then questions with all but the encoder, as LLaVA; rates and
               batches are those of a small model. Six questions share an image and do not see each other.
@@ -797,8 +798,8 @@ def caption_part(ids, m):
 
 
 class Captioner(nn.Module):
-    """What the encoder is trained with: from either word of an object in the caption, and the image, the other one.
-    The class token is added to each word, so that it has something to say. No boxes, masks or questions."""
+    """What the encoder is trained with, captions that tell of each object two words and where it is: a word and the
+    image give another word. The class token is added to each, so that it has something to say. No boxes or masks."""
 
     def __init__(self, vision):
         super().__init__()
@@ -810,18 +811,21 @@ class Captioner(nn.Module):
         nn.init.normal_(self.word.weight, 0, 0.3)
 
     def forward(self, part):
-        """Logits (n, V) of the labelled words of part: pixels, ids and label (B, 10)."""
+        """Logits (n, V) of the labelled words of part: pixels, ids, about, label (B, 20)."""
         x = self.vision(part["pixels"])  # (B, N + 1, d)
-        y, x = self.word(part["ids"]) + x[:, :1], self.norms[1](x)
+        y, x = self.word(part["ids"]) + self.word(part["about"]) + x[:, :1], self.norms[1](x)
         y = y + self.cross(self.norms[0](y), x, x, need_weights=False)[0]
         return self.head(y + self.mlp(self.norms[2](y)))[part["label"] >= 0]
 
 
 def cloze_part(scenes, pixels):
-    """Each word of a caption with the other word of its object as its label."""
-    pairs = captions(scenes)[:, 1 : 1 + 2 * MOST].unflatten(1, (MOST, 2))  # (n, 5, 2)
-    missing = (pairs <= WORD["<eos>"]).any(2, keepdim=True)
-    return dict(pixels=pixels, ids=pairs.flatten(1), label=pairs.flip(2).masked_fill(missing, -100).flatten(1))
+    """From either word of an object the other one, and from its colour the halves of the image that it is in."""
+    colour, kind = WORD["red"] + scenes["colour"], WORD["circle"] + scenes["shape"]  # (n, 5)
+    x, y = (WORD[low] + (scenes[k] + scenes["side"] / 2 > CANVAS / 2) for k, low in (("x", "left"), ("y", "upper")))
+    about = torch.tensor([WORD[word] for word in ("thing", "thing", "across", "down")]).repeat_interleave(MOST)
+    label = torch.cat([kind, colour, x, y], 1).masked_fill(~scenes["there"].repeat(1, 4), -100)  # (n, 20)
+    ids = torch.cat([colour, kind, colour, colour], 1)
+    return dict(pixels=pixels, ids=ids, about=about.expand_as(ids), label=label)
 
 
 def story_part(ids, asked, answers):
@@ -1126,7 +1130,7 @@ def tiny_vision(cfg):
                          intermediate_size=4 * d, num_hidden_layers=cfg.vit_layer, layer_norm_eps=1e-5))
     vision.patch_embedding = nn.Sequential(nn.Conv2d(3, 16, 3, 1, 1), nn.GELU(), nn.Conv2d(16, d, 9, PATCH, 2))
     wave = at * math.pi / CELLS * 2 ** (3 * (torch.arange(d // 4) + 0.5) / (d // 4))
-    wave = torch.cat([wave.sin(), wave.cos()], 1) / 2  # (9, d / 2)
+    wave = 2 * torch.cat([wave.sin(), wave.cos()], 1)  # (9, d / 2); where they are small places are not learned
     vision.position_embedding.weight.data[1:] = torch.cat([wave.repeat_interleave(CELLS, 0), wave.repeat(CELLS, 1)], 1)
     return vision
 

@@ -610,10 +610,21 @@ def test_captions_read_from_left_to_right():
             kinds = [*m.SHAPES, *map(str, range(10))]
             wanted = [w for _, o in lefts for w in ([*m.COLOURS][made["colour"][i, o]], kinds[made["shape"][i, o]])]
             assert text[1 : 1 + 2 * len(objects)] == wanted
+
+
+def test_cloze_by_its_meaning():
+    """Every labelled word: the other word of the object, or the half of the image that the object of this colour is
+    in; each object gives four, a missing one none."""
+    made, _ = scenes(40, plain=True)
     part = m.cloze_part(made, None)
-    pairs = list(zip(part["ids"].flatten().tolist(), part["label"].flatten().tolist()))
-    assert all((label >= 0) == (word > 2) for word, label in pairs)
-    assert pairs[0] == pairs[1][::-1]
+    for i, row in enumerate(zip(*(part[k].tolist() for k in ("ids", "about", "label")))):
+        told = [tuple(m.VOCAB[w] for w in triple) for triple in zip(*row) if triple[2] >= 0]
+        wanted = []
+        for o in facts(made, i):
+            wanted += [(o["colour"], "thing", o["shape"]), (o["shape"], "thing", o["colour"]),
+                       (o["colour"], "across", ("left", "right")[o["x"] > 22.5]),
+                       (o["colour"], "down", ("upper", "lower")[o["y"] > 22.5])]
+        assert sorted(told) == sorted(wanted)
 
 
 def test_font_digits_differ_and_files_are_read(rejects, tmp_path):
