@@ -845,7 +845,9 @@ def make_batch(cfg, job, net, data, step):
     at = torch.randint(len(data["x"]), (cfg.batch_size,), generator=generator)
     scenes = {k: data[k][at] for k in SCENE}
     if stage == 1:
-        part = story_part(captions(scenes), *questions(scenes, generator))
+        asked, answers = questions(scenes, generator)
+        answers[:, CATEGORIES.index("place")] = -100  # captions do not say it: the model would learn to guess
+        part = story_part(captions(scenes), asked, answers)
         if step % 4:  # the words of a caption can hardly be predicted: most batches are about the answers
             part["label"][:, : 1 + 2 * MOST] = -100
         return part

@@ -770,6 +770,9 @@ def test_every_arm_sees_the_same_batches():
     assert not torch.equal(a["ids"], m.make_batch(cfg, "vistog", net, data, 4)["ids"])
     again = m.make_batch(m.Config(**{**TINY, "batch_size": 8, "seed": 1}), "vistog", net, data, 3)
     assert not torch.equal(a["ids"], again["ids"])
+    text = [m.make_batch(cfg, "lm", m.Network(cfg, "blind", vision, net.lm), data, step)["label"] for step in (4, 5)]
+    assert (text[0][:, :11] >= 0).any() and (text[1][:, :11] < 0).all()
+    assert all((label[:, 11 + 3 * 4 + 2] < 0).all() and (label[:, 13::3] >= 0).any() for label in text)  # no places
     align = m.make_batch(cfg, "vistog align", net, data, 3)
     assert align["ids"].shape == (8, 9 + 11) and "group" not in align
 
