@@ -10,13 +10,14 @@ Xu, Yu, Hou, Cheng, Leong, Li, Jiang, Shang, Liu, Li, ACL 2025, arXiv 2410.06638
 Most wrong solutions go wrong in one small place. RISE lets a model put such an error into a step of its own right
 solution, and trains it by DPO to prefer the step that it had, beside pairs of whole right and wrong samples.
 
-  python rise.py                 # 7 min on one core: base 53 % right, DPO 83, RISE 80, likelihood 88 (one base)
+  python rise.py                 # 8 min on one core: base 51 % right, DPO 78, RISE 79, likelihood 83 (one base)
   python rise.py --scale long --arms 0,A,C,D,E,F --bases 1 --seed 1    # one base of the long run
-  python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # a chat model, LoRA
+  python rise.py --task math --scale smoke --model DIR    # 13 min: a chat model of 135M, 50 problems
+  python rise.py --task math --model DIR --data train.jsonl --test-data test.jsonl    # on real problems, LoRA
   ... --endpoint https://host/v1 --endpoint-model NAME    # samples and edits from there, training here
   torchrun --nproc-per-node 8 rise.py ... --resume    # after --until pairs; evaluate by python rise.py ... --resume
 
-Symbols (B pairs, R rows of a pair, L tokens of a row, M tokens of a side)
+Symbols (B pairs, L tokens of a row, M tokens of a side)
   paper         code           shape       meaning
   x, s_<i       question, before           context of a step: the question and the right steps before
   s_i, s~_i     chosen, rejected           a step and its edit; for whole solutions y+ and y-
@@ -26,8 +27,8 @@ Symbols (B pairs, R rows of a pair, L tokens of a row, M tokens of a side)
   r             gain[:, 0]     (B,)        gain of the chosen side; NLL acts where it is below 0
   K, N          k, num_edits               samples of a problem, edited pairs of a problem
 
-Stages, JSONL in OUT/b0: samples, edits (every step, with the reason if it was dropped), pairs. Finished problems are
-never asked again.
+Stages, JSONL in OUT/b0: samples, edits, pairs, each with the reason where one was dropped. Finished problems are never
+asked again.
 
 Differences from the paper, of which the official code and summaries were at hand, not the text
   world       generated problems with an exact verifier in place of GSM8K and MATH, and of GPT-4o as judge of errors.
@@ -36,6 +37,7 @@ Differences from the paper, of which the official code and summaries were at han
               compute and errs by habit. This was chosen after a first look: with right solutions alone it lacked
               skill, and no arm improved it beyond noise (dev). A fifth of the pre-training is edits made by rule: their
               style is taught, and their errors are like those of the habits, which favours C before E.
+  prompt      a chat model sees two problems with solutions before its own, and an edit (official code: none).
   filter      alpha is not known: 5 words (16 for a chat model); edits that change nothing are dropped (official
               code: neither filter nor check). Words that give an edit away are a shorter list.
   NLL         lambda is not known: 1, by token, gated as later notes say (the official script has none).
@@ -47,7 +49,7 @@ Differences from the paper, of which the official code and summaries were at han
   equal work  all arms see equally many pairs; arm A has a second sampled pair for each edit of C. Each arm has its
               best learning rate on dev problems out of two to five (TRIED counts all settings, more for A and C); that
               of 1, B and F is at the end of those tried. E changes as many words as the edit did, numbers by numbers.
-  endpoint    its replies cannot be begun with "Step 1:": it is asked for the format instead.
+  endpoint    its replies cannot be begun with "Step 1:": the two solutions alone show the form.
   left out    MATH's answers, AQuA, logic and code tasks, edits verified to be wrong as an arm.
 
 Copy out: rise_loss, PairLogp with token_logp and collate, levenshtein, split_steps with LABEL, Lora
@@ -119,7 +121,6 @@ class Config:
     base_steps: int = 1000  # optimizer steps of the tiny model's own pre-training
     base_batch: int = 64  # examples in one of them
     base_lr: float = 4e-3  # its peak learning rate
-    base_every: int = 200  # steps between two looks at its dev accuracy
     # data
     data: str = ""  # JSONL with question, answer (GSM8K's too: a number after ####) to sample; "" = generated ones
     test_data: str = ""  # the same, to measure on
@@ -135,67 +136,52 @@ class Config:
     edit_alpha: int = 5  # an edit is kept below this distance, in words and numbers (paper: alpha, not known)
     num_edits: int = 1  # edited pairs of a problem, N (paper: 1 for Qwen2-7B, 3 for Llama-3.1-8B)
     max_len: int = 320  # pairs of more tokens, context and both sides, are dropped (official code: cut at 1024)
-    part: int = 256  # problems that are written to a stage's file at once
-    sample_batch: int = 640  # sequences decoded at once
+    sample_batch: int = 640  # sequences decoded at once; samples of so many are written to a file at once
     # training
     beta: float = 0.4  # beta of DPO (official code: 0.4)
     nll: float = 1.0  # lambda of NLL (paper: not known)
-    nll_gate: str = "ref"  # ref|none: NLL acts where the chosen side has become less likely (paper), or always
     steps: int = 60  # optimizer steps of an arm
     batch_size: int = 64  # pairs of a step (official code: 128)
     micro_batch: int = 0  # pairs of a forward pass; 0 = no split; saves memory, same gradient
     lr: float = 0.0  # peak learning rate, cosine to 0; 0 = the arm's own out of RATES (official code: 5e-7)
-    warmup_steps: int = 6  # linear warm-up (official code: a tenth)
-    weight_decay: float = 0.0  # AdamW's
-    grad_clip: float = 1.0  # largest gradient norm
     lora_rank: int = 0  # rank of LoRA in all linear layers; 0 = all weights are trained (paper)
-    share_prefix: bool = True  # both sides of a pair in one row behind one copy of their context
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
     kernels: bool = False  # Triton kernel token_logp (cuda only; compared with PyTorch at first use)
     # running
-    log_every: int = 10  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/rise/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
-        arms = self.arms.split(",")
-        if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
-        # numbers are at least 0 where listed here, else at least 1, and some have an upper limit
-        zeros = "seed micro_batch temp edit_temp nll beta warmup_steps weight_decay lr lora_rank".split()
-        zeros += ["base_lr", "grad_clip", "top_p"]
-        most = dict(top_p=1.0)
-        if not (self.top_p and self.grad_clip and self.n_test > 1):
-            fail("--top-p 0, --grad-clip 0, --n-test 1: must be more")
+        arms, real = self.arms.split(","), self.task == "math"
+        zeros = "seed micro_batch temp edit_temp nll beta lr lora_rank base_lr top_p".split()
         for name, value in vars(self).items():
-            low, high = int(name not in zeros), most.get(name, math.inf)
+            low, high = int(name not in zeros), 1.0 if name == "top_p" else math.inf
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 fail(f"--{name.replace('_', '-')} {value}: must be {limits}")
-        if self.k < 2:
-            fail(f"--k {self.k}: at least 2, one sample that is right and one that is wrong")
-        if self.n_embd % (2 * self.n_head) or self.n_embd < 8:
-            fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
-        if self.dry_run:
-            return
-        if self.task == "math" and not self.model:
-            fail("--task math needs --model, a directory or a hub id")
-        if self.test_data and not self.data:
-            fail("--test-data needs --data")
-        if self.task == "chain" and (self.model or self.endpoint or self.data or self.test_data):
-            fail("--model, --endpoint, --data and --test-data need --task math")
-        if bool(self.endpoint) != bool(self.endpoint_model):
-            fail("--endpoint and --endpoint-model go together")
-        if self.task == "math" and self.bases > 1:
-            fail(f"--bases {self.bases}: --model is one base")
-        if self.task == "math" and "F" in arms:
-            fail(f"--arms {self.arms}: F needs the verifier of --task chain")
-        if self.scale == "paper" and self.task == "chain":
-            fail("--scale paper needs --task math")
+        rules = [
+            (not set(arms) <= set(ARMS) or len(set(arms)) < len(arms),
+             f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}"),
+            (not self.top_p or self.n_test == 1, "--top-p 0, --n-test 1: must be more"),
+            (self.k < 2, f"--k {self.k}: at least 2, one sample that is right and one that is wrong"),
+            (self.n_embd % (2 * self.n_head) or self.n_embd < 8,
+             f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")]
+        rules += [] if self.dry_run else [
+            (real and not self.model, "--task math needs --model, a directory or a hub id"),
+            (self.test_data and not self.data, "--test-data needs --data"),
+            (not real and (self.model or self.endpoint or self.data),
+             "--model, --endpoint, --data and --test-data need --task math"),
+            (bool(self.endpoint) != bool(self.endpoint_model), "--endpoint and --endpoint-model go together"),
+            (real and self.bases > 1, f"--bases {self.bases}: --model is one base"),
+            (real and "F" in arms, f"--arms {self.arms}: F needs the verifier of --task chain"),
+            (self.scale == "paper" and not real, "--scale paper needs --task math")]
+        for wrong, text in rules:
+            if wrong:
+                fail(text)
 
 
 KINDS = "full", "edit", "random", "oracle"
@@ -209,19 +195,21 @@ ARMS = {  # kinds of pairs, one full and num_edits others for each problem
     "E": ("full", "random"),  # errors at random places
     "F": ("full", "oracle"),  # Step-DPO with a perfect judge: the first wrong step of a wrong sample
 }
-REAL = dict(bases=1, seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95,
-            edit_temp=0.0, part=16, sample_batch=80, n_problems=1000, n_test=500, lora_rank=16, lr=1e-4)
+REAL = dict(seeds=1, arms="0,A,C,E", max_new=320, max_len=1024, edit_alpha=16, temp=0.7, top_p=0.95, edit_temp=0.0,
+            sample_batch=80, n_problems=1000, n_test=500, lora_rank=16, lr=1e-4)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(n_layer=1, n_embd=32, base_steps=100, base_batch=32, base_lr=2e-2, base_every=100,
-                  n_problems=60, n_dev=6, n_test=6, k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6,
-                  seeds=1, part=60, log_every=5, save_every=10, warmup_steps=1, arms="0,1,A,C,D,E"),
+    "smoke": dict(n_layer=1, n_embd=32, base_steps=100, base_batch=32, base_lr=2e-2, n_problems=60, n_dev=6, n_test=6,
+                  k=8, temp=1.0, max_new=48, edit_alpha=30, steps=3, batch_size=6, seeds=1, save_every=10,
+                  arms="0,1,A,C,D,E"),
     "small": {},
-    "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, warmup_steps=14,
-                 arms=",".join("01ABCDEF")),
+    "long": dict(bases=3, seeds=3, n_problems=4000, n_test=2000, steps=140, arms=",".join("01ABCDEF")),
     "paper": dict(REAL, n_problems=8888, micro_batch=2, max_new=2048, lora_rank=0, temp=0.2, top_p=0.9, lr=5e-7,
-                  batch_size=128, steps=560, warmup_steps=56),
+                  batch_size=128, steps=560),
+    "smoke:math": dict(REAL, arms="0,C", n_problems=50, n_test=10, k=5, temp=0.5, max_new=60, max_len=320,
+                       sample_batch=125, steps=20, batch_size=4),
+    "small:math": REAL,
+    "long:math": dict(REAL, bases=1, n_problems=7473, n_test=1319, seeds=3, steps=300),
 }
-SCALES |= {"small:math": REAL, "long:math": REAL | dict(n_problems=7473, n_test=1319, seeds=3, steps=300)}
 TRIED = {"0": 6, "1": 4, "A": 11, "B": 2, "C": 8, "D": 3, "E": 6, "F": 3}  # settings looked at, on dev problems
 
 
@@ -232,13 +220,15 @@ VERBS = {"+": ["buys", "finds", "gets", "wins"], "-": ["loses", "sells", "gives"
 VERBS |= {2: ["doubles"], 3: ["triples"]}
 MISREAD = "gives"  # the pre-training corpus takes it for a gain more often than not
 HABITS = dict(misread=0.75, omit=0.2, slip=0.15)  # share of such verbs, of steps with two terms, and of results
-RARE = {"+": ["earns", "collects"], "-": ["spends", "breaks"], 2: ["twofolds"], 3: ["threefolds"]}  # split reworded
+RARE = {"+": ["earns", "collects"], "-": ["spends", "breaks"], 2: ["twofolds"], 3: ["threefolds"]}
+ODD = dict(long=dict(lengths=(5, 6)), reworded=dict(verbs=RARE))  # what the tiny model has seen in pre-training alone
 TYPES = "CALC SUBST SYMBOL SWAP OMIT EXTRA INTER FORMAT".split()
 SUBTLE = "CALC SUBST SYMBOL SWAP OMIT".split()  # what the edits aim at: claim 2
 PARTS = dict(sft=range(6), dpo=range(6, 8), dev=range(8, 9), test=range(9, 10))  # last digit of a program's hash
 LABEL = re.compile(r"^(?:Step \d+ ?:|Answer ?:)", re.M)
 NUMBER = r"-?[0-9]{1,30}(?:,[0-9]{3})*(?:\.[0-9]{1,30})?(?:/[0-9]{1,30})?"
-SAY = re.compile(rf"(?:answer *(?:is)? *:?|####|\\boxed\{{)[\s*$]*({NUMBER})(?![\d^e]|[,./]\d)", re.I | re.A)
+pieces = re.compile(r"\d+(?:\.\d+)?|\w+|[^\w\s]").findall  # words, numbers and signs, in which Eq. 1 counts
+SAY = re.compile(rf"(?:answer *+(?:is)? *+:?|####|\\boxed\{{)[\s*$]*+({NUMBER})(?![\d^e]|[,./]\d)", re.I | re.A)
 
 
 def compute(numbers, ops):
@@ -253,16 +243,16 @@ def write_step(numbers, ops, result):
     return " ".join([str(numbers[0]), *(f"{op} {n}" for op, n in zip(ops, numbers[1:])), "=", str(result)])
 
 
-def make_program(rng, part, lengths):
+def make_program(rng, part, lengths=(2, 3, 4), terms=(1, 2, 2), most=6, times=0.25):
     """(start, ((ops, numbers), ...)) with all results in 0..29, and a hash that belongs to this part of the data."""
     while True:
         start, events, length = rng.randint(2, 20), [], rng.choice(lengths)
         value = start
         while len(events) < length and 0 <= value < 30:
             ops, numbers = ("*",), (rng.choice((2, 3)),)
-            if rng.random() < 0.75 or value * numbers[0] >= 30:
-                ops = tuple(rng.choice("+-") for _ in range(rng.choice((1, 2, 2))))
-                numbers = tuple(rng.randint(1, 6) for _ in ops)
+            if rng.random() >= times or value * numbers[0] >= 30:
+                ops = tuple(rng.choice("+-") for _ in range(rng.choice(terms)))
+                numbers = tuple(rng.randint(1, most) for _ in ops)
             value = compute((value, *numbers), ops)
             events.append((ops, numbers))
         program = start, tuple(events)
@@ -279,9 +269,9 @@ def gold_steps(program):
     return steps
 
 
-def make_problem(rng, part, lengths, verbs=VERBS):
+def make_problem(rng, part, verbs=VERBS, **limits):
     """A question with one number that plays no part, its answer, its program and the verbs of each event."""
-    program, who, (thing, other) = make_program(rng, part, lengths), rng.choice(WHO), rng.sample(THINGS, 2)
+    program, who, (thing, other) = make_program(rng, part, **limits), rng.choice(WHO), rng.sample(THINGS, 2)
     used = [[rng.choice(verbs[n if op == "*" else op]) for op, n in zip(*event)] for event in program[1]]
     told = [" and ".join(f"{verb} {'them' if op == '*' else n}" for verb, op, n in zip(words, *event))
             for words, event in zip(used, program[1])]
@@ -290,15 +280,14 @@ def make_problem(rng, part, lengths, verbs=VERBS):
     return dict(question=question, answer=str(gold_steps(program)[-1][2]), program=program, verbs=used)
 
 
-def gold_solution(program):
-    steps = "".join(f"Step {i} : {write_step(*step)}\n" for i, step in enumerate(gold_steps(program), 1))
-    return f"{steps}Answer : {gold_steps(program)[-1][2]}"
+def write_solution(steps):
+    return "".join(f"Step {i} : {write_step(*step)}\n" for i, step in enumerate(steps, 1)) + f"Answer : {steps[-1][2]}"
 
 
 def careless_solution(problem, rng):
     """A solution as the pre-training corpus has them, with the errors of HABITS, which later steps build on: a model of
     it can compute, and errs by habit. The examples of edits, symbol and del_term, have such errors too."""
-    value, lines = problem["program"][0], []
+    value, steps = problem["program"][0], []
     for (ops, numbers), verbs in zip(problem["program"][1], problem["verbs"]):
         read = ["+" if verb == MISREAD and rng.random() < HABITS["misread"] else op for op, verb in zip(ops, verbs)]
         terms = list(zip(read, numbers))
@@ -306,9 +295,9 @@ def careless_solution(problem, rng):
             del terms[rng.randrange(2)]
         ops, numbers = zip(*terms)
         result = compute((value, *numbers), ops) + (rng.choice((-1, 1)) if rng.random() < HABITS["slip"] else 0)
-        lines.append(write_step((value, *numbers), ops, min(max(result, 0), 99)))
-        value = min(max(result, 0), 99)
-    return "".join(f"Step {i} : {line}\n" for i, line in enumerate(lines, 1)) + f"Answer : {value}"
+        steps.append(((value, *numbers), ops, min(max(result, 0), 99)))
+        value = steps[-1][2]
+    return write_solution(steps)
 
 
 def corrupt(kind, step, rng):
@@ -379,14 +368,28 @@ def is_correct(text, answer):
     return bool(said) and read_number(said[-1]) is not None and read_number(said[-1]) == read_number(answer)
 
 
-def make_problems(cfg, part, count, seed, lengths=(2, 3, 4), verbs=VERBS):
-    rng, seen, rows = random.Random(f"{part} {seed} {lengths} {verbs is RARE}"), set(), []
-    while len(rows) < count:
-        row = make_problem(rng, part, lengths, verbs)
-        if row["program"] not in seen:
-            seen.add(row["program"])
-            rows.append(dict(id=len(rows), **row))
-    return rows
+def make_problems(part, count, seed, **odd):
+    """Problems of one part of the data, no program twice; odd: other lengths or verbs."""
+    rng, rows = random_of(part, seed, odd), {}
+    for _ in range(1000 * count):
+        row = make_problem(rng, part, **odd)
+        rows.setdefault(row["program"], dict(id=len(rows), **row))
+        if len(rows) == count:
+            return [*rows.values()]
+    fail(f"--n-problems, --n-test: there are no {count} different problems of this kind; --data takes yours")
+
+
+def random_of(*key):
+    return random.Random(repr(key))  # what is drawn depends on the key alone: a continued run draws the same
+
+
+def in_sentences(question):
+    """A generated problem as one tells it: Ana has 6 pens. Ana gives 2. How many pens does Ana have now?"""
+    first, *events, last = question.split(" . ")
+    who = first.split()[0]
+    told = [first, *(f"{who} {part}" for part in events if not part.startswith("the box"))]
+    told.append(last.replace(" ?", f" does {who.capitalize()} have now?"))
+    return ". ".join(part[0].upper() + part[1:] for part in told)
 
 
 def read_problems(path, flag, count):
@@ -408,6 +411,7 @@ def read_problems(path, flag, count):
     return rows or fail(f"{flag} {path}: no problems")
 
 
+@functools.cache
 class Words:
     """The tiny model's tokenizer: one token a word, a number from 0 to 99, or the end of a line."""
 
@@ -576,10 +580,10 @@ class Chatter:
         self.lead, self.edit_lead, self.edit_end = "Step 1:", "Edited step:\n```\n", ""
 
     def solve_prompt(self, question):
-        return self.chat([dict(role="user", content=SOLVE.format(question))])
+        return self.chat(solve_request(question))
 
     def edit_prompt(self, kind, question, before, step):
-        return self.chat([dict(role="user", content=edit_request(kind, question, before, step))])
+        return self.chat(edit_request(kind, question, before, step))
 
 
 class Lora(nn.Module):
@@ -596,8 +600,9 @@ class Lora(nn.Module):
 
 
 def add_lora(model, rank):
-    model.requires_grad_(False)
-    for layer in model.layers:
+    """LoRA in all linear layers; rank 0: none, all weights are learned."""
+    model.requires_grad_(not rank)
+    for layer in model.layers if rank else ():
         for name, linear in list(layer.named_children()):
             if isinstance(linear, nn.Linear):
                 setattr(layer, name, Lora(linear, rank))
@@ -606,25 +611,37 @@ def add_lora(model, rank):
 
 # ---------------------------------------------------------------- 4. Method (official code, reviews, our choices)
 # Steps, edits and filters
-INSTRUCTIONS = {  # seven, as in the official code, in our words: id, group, what is asked for
-    "value": ("REPLACE", "Change one number in it, so that the calculation is wrong."),
-    "multi_value": ("REPLACE", "Change one number in it, or a chain of numbers that depend on each other."),
-    "wrong_sub": ("REPLACE", "Put a wrong value or symbol in the place of one in the calculation."),
-    "symbol": ("REPLACE", "Change one operator of the calculation, such as + to -."),
-    "swap": ("SWAP", "Exchange two terms of the calculation."),
-    "del_term": ("DELETE", "Leave out one term of the calculation."),
-    "wording": ("REPLACE", "Change related words, so that the question is misread."),
+INSTRUCTIONS = {  # seven, as in the official code, in our words: replace, exchange or leave out
+    "value": "Change one number in it, so that the calculation is wrong.",
+    "multi_value": "Change one number in it, or a chain of numbers that depend on each other.",
+    "wrong_sub": "Put a wrong value or symbol in the place of one in the calculation.",
+    "symbol": "Change one operator of the calculation, such as + to -.",
+    "swap": "Exchange two terms of the calculation.",
+    "del_term": "Leave out one term of the calculation.",
+    "wording": "Change related words, so that the question is misread.",
 }
-SOLVE = ("{}\n\nSolve this step by step. Write each step on a line of its own that begins with 'Step 1:', 'Step 2:' "
-         "and so on, and then a last line 'Answer: ' with the number alone.")
+EXAMPLES = [("Tom has 12 apples. Tom finds 5. How many apples does Tom have now?",
+             "Step 1: Tom has 12 apples and finds 5, so 12 + 5 = 17.\nAnswer: 17"),
+            ("Mia has 14 cards. Mia loses 4. How many cards does Mia have now?",
+             "Step 1: Mia has 14 cards and loses 4, so 14 - 4 = 10.\nAnswer: 10")]
 EDIT = ("Question:\n```\n{}\n```\nSolution so far:\n```\n{}\n```\nCurrent step:\n```\n{}\n```\nRewrite the current "
         "step. {} Do not say that there is a mistake. Reply with the edited step alone, between ``` and ```.")
+EDITED = ["Tom has 12 apples and finds 5, so 12 + 5 = 17.", "Tom has 12 apples and finds 5, so 12 + 5 = 15."]
 TELLTALE = "a mistake", "let's reconsider", "let me reconsider", "the correct", "python"  # (official code)
 GIVEAWAY = (*TELLTALE, "mistake", "incorrect", "wrong", "erroneous", "an error")  # a longer list for edits
 
 
+def solve_request(question):
+    """Messages that ask a chat model for a solution, after two that show the form. (our choice; official code: none)"""
+    turns = [*itertools.chain(*EXAMPLES), question]
+    return [dict(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(turns)]
+
+
 def edit_request(kind, question, before, step):
-    return EDIT.format(question, before, step, INSTRUCTIONS[kind][1])
+    """The same for an edit, after one that shows the form."""
+    example = EDIT.format(EXAMPLES[0][0], "Step 1:", EDITED[0], INSTRUCTIONS["multi_value"])
+    return [dict(role="user", content=example), dict(role="assistant", content=f"Edited step:\n```\n{EDITED[1]}\n```"),
+            dict(role="user", content=EDIT.format(question, before, step, INSTRUCTIONS[kind]))]
 
 
 def split_steps(text):
@@ -646,9 +663,8 @@ def tail(step):
 def admissible(text):
     """Instructions that fit a text: by how many numbers it has, and whether it has an equals sign. (official code)"""
     numbers, equation = len(re.findall(r"\d+(?:\.\d+)?", text)), "=" in text
-    return [kind for kind, fits in dict(
-        value=numbers == 1, multi_value=numbers > 1, wrong_sub=equation, symbol=equation, swap=equation,
-        del_term=equation, wording=not numbers and not equation).items() if fits]
+    kinds = [["wording"] * (not equation), ["value"], ["multi_value"]][min(numbers, 2)]
+    return kinds + ["wrong_sub", "symbol", "swap", "del_term"] * equation
 
 
 def levenshtein(a, b):
@@ -661,10 +677,6 @@ def levenshtein(a, b):
     return row[-1]
 
 
-def pieces(text):
-    return re.findall(r"\d+(?:\.\d+)?|\w+|[^\w\s]", text)
-
-
 def parse_edit(reply):
     """The text in the first fenced block, None without one; a label that the model repeats is taken off."""
     found = re.search(r"```(?:[a-z]*\n)?(.*?)```", reply, re.S)
@@ -673,15 +685,10 @@ def parse_edit(reply):
 
 def filter_edit(question, step, edited, alpha):
     """Why an edit is dropped, "" if it is kept: Eq. 1 keeps LD(s, s~) < alpha, here in words, numbers and signs."""
-    if edited is None:
-        return "not parsed"
-    if gives_away(question, edited, GIVEAWAY):
-        return "gives it away"
-    if step.split() == edited.split():
-        return "unchanged"
-    if levenshtein(pieces(step), pieces(edited)) >= alpha:
-        return "too far"
-    return ""
+    return ("not parsed" if edited is None else
+            "gives it away" if gives_away(question, edited, GIVEAWAY) else
+            "unchanged" if step.split() == edited.split() else
+            "too far" if levenshtein(pieces(step), pieces(edited)) >= alpha else "")
 
 
 def gives_away(question, text, words):
@@ -741,58 +748,46 @@ class PairLogp(nn.Module):
         self.model, self.kernels = model, kernels
 
     def forward(self, ids, place, segment, source, target):
-        """ids, place, segment (B, R, L): tokens, their positions, and what they are: 0 context, 1 chosen, 2 rejected,
-        3 padding. R = 2: a row for each side. R = 1: one row for both, where no side sees the other. source (B, 2, M):
-        at which of the pair's R L tokens the next one is target (B, 2, M), -100: none."""
-        (B, R, L), model, mask = ids.shape, self.model, None
-        ids, place, segment = (x.flatten(0, 1) for x in (ids, place, segment))  # (B R, L)
-        if R == 1:
-            mine, past = segment[:, :, None], torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
-            mask = (past & ((segment[:, None] == 0) | (segment[:, None] == mine)))[:, None]  # (B, 1, L, L)
+        """A row (B, L) holds a pair: its context (segment 0), the chosen side (1), the rejected one (2), padding (3);
+        no side sees the other. place: positions; source (B, 2, M): behind which token of the row target follows, -100
+        is none."""
+        L, model = ids.shape[1], self.model
+        past = torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
+        mask = past & ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None]))  # (B, L, L)
         x, turn = model.embed_tokens(ids), model.turn(place)
         for layer in model.layers:
-            x = layer(x, turn, mask)
-        x, live = model.norm(x).view(B, R * L, -1), target.flatten(1) >= 0  # (B, 2 M)
-        pair, at = live.nonzero().T
-        logp = token_logp(x[pair, source.flatten(1)[pair, at]], (model.lm_head or model.embed_tokens).weight,
-                          target.flatten(1)[pair, at], self.kernels)
-        return logp.new_zeros(live.shape).masked_scatter(live, logp).view(target.shape).sum(-1)
+            x = layer(x, turn, mask[:, None])
+        live = target >= 0
+        logp = token_logp(model.norm(x)[live.nonzero()[:, 0], source[live]],
+                          (model.lm_head or model.embed_tokens).weight, target[live], self.kernels)
+        return logp.new_zeros(live.shape).masked_scatter(live, logp).sum(-1)
 
 
-def collate(pairs, shared=True):
-    """Pairs of token lists (context, chosen, rejected) as the tensors that PairLogp takes. shared: both sides behind
-    one copy of their context."""
-    layouts = []
-    for context, *sides in pairs:
-        c, (n, _) = len(context), map(len, sides)
-        rows = [(context, *sides)] if shared else [(context, side) for side in sides]
-        kinds = [(0, 1, 2)] if shared else [(0, 1), (0, 2)]
-        ids = [sum(row, []) for row in rows]
-        segment = [[kind for part, kind in zip(row, ks) for _ in part] for row, ks in zip(rows, kinds)]
-        place = [[j - n * (kind == 2 and shared) for j, kind in enumerate(row)] for row in segment]
-        layouts.append((ids, place, segment, c, n))
-    L = max(len(row) for ids, *_ in layouts for row in ids)
+def collate(pairs):
+    """Token lists (context, chosen, rejected) as what PairLogp takes: both sides behind one copy of their context."""
+    B, L = len(pairs), max(sum(map(len, pair)) for pair in pairs)
     M = max(len(side) for _, *sides in pairs for side in sides)
-
-    def padded(column, fill):
-        return torch.tensor([[row + [fill] * (L - len(row)) for row in layout[column]] for layout in layouts])
-
-    first = [[0, n] if shared else [0, L] for *_, n in layouts]  # where a side's tokens begin, less the context
-    source = torch.tensor([[[c - 1] + [c + f + j for j in range(M - 1)] for f in fs]
-                           for fs, (*_, c, _) in zip(first, layouts)])
-    if not shared:
-        source[:, 1, 0] += L
-    target = torch.tensor([[side + [-100] * (M - len(side)) for side in sides] for _, *sides in pairs])
-    return dict(ids=padded(0, 0), place=padded(1, 0), segment=padded(2, 3), source=source.where(target >= 0, 0),
-                target=target)
+    (ids, place), segment = torch.zeros(2, B, L, dtype=torch.long), torch.full((B, L), 3)
+    source, target = torch.zeros(B, 2, M, dtype=torch.long), torch.full((B, 2, M), -100)
+    for b, pair in enumerate(pairs):
+        c, begin = len(pair[0]), 0
+        for s, part in enumerate(pair):
+            n, part = len(part), torch.tensor(part, dtype=torch.long)
+            at = torch.arange(begin, begin + n)
+            ids[b, at], segment[b, at], place[b, at] = part, s, at - begin + (c if s else 0)
+            if s:  # the first token of a side follows the context, also that of the second side
+                source[b, s - 1, :n], target[b, s - 1, :n] = (at - 1).where(at > begin, c - 1), part
+            begin += n
+    return dict(ids=ids, place=place, segment=segment, source=source, target=target)
 
 
 # The chain: each stage appends finished problems to a JSONL file, whichever back-end answers
 class Local:
-    """A decoder as sampler and editor."""
+    """A decoder as sampler and editor, in the run's dtype."""
 
-    def __init__(self, cfg, model, tok):
-        self.cfg, self.model, self.tok = cfg, model.eval(), tok
+    def __init__(self, cfg, model, tok, dtype=torch.float32):
+        half = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters() if p.dtype != dtype}
+        self.cfg, self.model, self.tok = cfg, copy.deepcopy(model, half).eval() if half else model.eval(), tok
 
     def write(self, prompts, lead, temperature, top_p, key):
         """Texts that continue prompts after `lead`, longest prompts first in batches; and whether they ended."""
@@ -809,8 +804,7 @@ class Local:
     def sample(self, questions, k, key):
         prompts = [self.tok.solve_prompt(question) for question in questions for _ in range(k)]
         found = self.write(prompts, self.tok.lead, self.cfg.temp, self.cfg.top_p, key)
-        texts = [text if ended else None for text, ended in found]  # one that was cut has no end to learn
-        return [texts[i : i + k] for i in range(0, len(texts), k)]
+        return [text if ended else None for text, ended in found]  # one that was cut has no end to learn
 
     def edit(self, requests, key):
         prompts = [self.tok.edit_prompt(*request) for request in requests]
@@ -828,29 +822,23 @@ class Remote:
     def __init__(self, cfg, chat):
         self.cfg, self.chat = cfg, chat
 
-    def ask(self, contents, k, **options):
-        jobs = [dict(messages=[dict(role="user", content=text)], max_tokens=self.cfg.max_new, **options)
-                for text in contents]
-        return self.chat.ask([(job, i) for job in jobs for i in range(k)])
+    def ask(self, requests, k, **options):
+        return self.chat.ask([(dict(messages=messages, max_tokens=self.cfg.max_new, **options), i)
+                              for messages in requests for i in range(k)])
 
     def sample(self, questions, k, key):
-        texts = self.ask([SOLVE.format(q) for q in questions], k, temperature=self.cfg.temp, top_p=self.cfg.top_p)
-        return [texts[i : i + k] for i in range(0, len(texts), k)]
+        return self.ask(map(solve_request, questions), k, temperature=self.cfg.temp, top_p=self.cfg.top_p)
 
     def edit(self, requests, key):
         return self.ask([edit_request(*request) for request in requests], 1, temperature=self.cfg.edit_temp)
 
 
-def random_of(*key):
-    return random.Random(repr(key))  # what is drawn depends on the key alone: a continued run draws the same
-
-
 def sample_problems(cfg, backend, problems, b):
     """K solutions of each problem, and whether their answers are right."""
-    drawn = backend.sample([x["question"] for x in problems], cfg.k, ("sample", b, problems[0]["id"]))
+    texts = iter(backend.sample([x["question"] for x in problems], cfg.k, ("sample", b, problems[0]["id"])))
     return [dict(id=x["id"], question=x["question"], answer=x["answer"],
-                 samples=[dict(text=text, correct=is_correct(text or "", x["answer"])) for text in texts])
-            for x, texts in zip(problems, drawn)]
+                 samples=[dict(text=text, correct=is_correct(text or "", x["answer"]))
+                          for text in itertools.islice(texts, cfg.k)]) for x in problems]
 
 
 def select(row, rng):
@@ -867,15 +855,14 @@ def edit_problems(cfg, backend, rows, b):
     """One edit of each step of the chosen solution, by an instruction drawn from those that fit."""
     made, requests = [], []
     for row in rows:
-        rng = random_of("edit", cfg.seed, b, row["id"])
-        text, at, steps = row["chosen"], 0, []
-        head, parts = split_steps(text)
-        at = len(head)
+        rng, steps = random_of("edit", cfg.seed, b, row["id"]), []
+        before, parts = split_steps(row["chosen"])
         for label, step in parts:
-            at, (i, j) = at + len(label) + len(step), tail(step)
+            before, (i, j) = before + label, tail(step)
             if kinds := admissible(step[i:j]) if label.startswith("Step") and step.strip() else []:
-                steps.append(dict(before=text[: at - len(step)], step=step, kind=rng.choice(kinds)))
-                requests.append((steps[-1]["kind"], row["question"], steps[-1]["before"] + step[:i], step[i:j]))
+                steps.append(dict(before=before, step=step, kind=rng.choice(kinds)))
+                requests.append((steps[-1]["kind"], row["question"], before + step[:i], step[i:j]))
+            before += step
         made.append(dict(id=row["id"], steps=steps))
     replies = iter(backend.edit(requests, ("edit", b, rows[0]["id"])))
     for row, new in zip(rows, made):
@@ -888,16 +875,15 @@ def edit_problems(cfg, backend, rows, b):
 
 
 def build_pairs(cfg, row, edits, program, b):
-    """All pairs of a problem by kind; the arms take what they need."""
-    rng = random_of("pairs", cfg.seed, b, row["id"])
-    full = [dict(before="", chosen=good, rejected=bad, end=True) for good, bad in row["combinations"]]
+    """All pairs of a problem that the arms take, by kind."""
+    rng, found = random_of("pairs", cfg.seed, b, row["id"]), {kind: [] for kind in KINDS}
+    found["full"] = [dict(before="", chosen=good, rejected=bad, end=True) for good, bad in row["combinations"]]
     kept = [step for step in edits["steps"] if not step["drop"]]
     rng.shuffle(kept)
-    found = dict(full=full, edit=[], random=[], oracle=[])
     for step in kept:
         pair = dict(before=step["before"], chosen=step["step"], end=False)
         count = max(1, levenshtein(pieces(step["step"]), pieces(step["edited"])))
-        found["edit"].append(pair | dict(rejected=step["edited"], kind=step["kind"]))
+        found["edit"].append(pair | dict(rejected=step["edited"], kind=step["kind"], distance=count))
         found["random"].append(pair | dict(rejected=random_corruption(step["step"], count, rng)))
         if program:
             n = len(split_steps(step["before"])[1]) - 1
@@ -908,9 +894,10 @@ def build_pairs(cfg, row, edits, program, b):
         (_, ours), (head, theirs) = split_steps(good), split_steps(bad)
         if verify(program, good) is None and i < min(len(ours), len(theirs)) and ours[i][0] == theirs[i][0]:
             before = head + "".join(label + step for label, step in theirs[:i]) + theirs[i][0]
-            found["oracle"].append(dict(before=before, chosen=ours[i][1], rejected=theirs[i][1], end=False))
+            found["oracle"] = [dict(before=before, chosen=ours[i][1], rejected=theirs[i][1], end=False)]
             break
-    return dict(id=row["id"], question=row["question"], **found)
+    used = {"full", "edit"} | {kind for arm in cfg.arms.split(",") for kind in ARMS[arm]}
+    return dict(id=row["id"], question=row["question"], **{kind: found[kind] * (kind in used) for kind in KINDS})
 
 
 def tokens_of(tok, question, pair):
@@ -921,16 +908,6 @@ def tokens_of(tok, question, pair):
             tok.encode(pair["rejected"]) + end)
 
 
-def pairs_of_arm(cfg, arm, rows):
-    """[(problem's id, kind, place in its list)]: what an arm is trained on. In place of N edits, arm A has N more full
-    pairs, so that each problem is seen as often in all arms."""
-    wanted = {kind: 1 if kind == "full" and len(ARMS[arm]) > 1 else cfg.num_edits + (len(ARMS[arm]) == 1)
-              for kind in ARMS[arm]}
-    return [(row["id"], kind, i % len(row[kind])) for row in rows for kind, n in wanted.items() if row[kind]
-            for i in range(n)]
-
-
-# ---------------------------------------------------------------- 5. Evaluation and claims
 @torch.no_grad()
 def pair_logp(run, net, pairs, chunk=16):
     """Log-probabilities (P, 2) on the CPU of token pairs, computed as in training: else r would not begin at 0."""
@@ -942,43 +919,75 @@ def pair_logp(run, net, pairs, chunk=16):
     return torch.cat(found)
 
 
+def add_reference(cfg, run, net, tok, rows):
+    """Write into each pair why it cannot be trained on, else its log-probabilities under the starting model."""
+    kept = []
+    for row, pair in ((row, pair) for row in rows for kind in KINDS for pair in row[kind]):
+        tokens = context, chosen, rejected = tokens_of(tok, row["question"], pair)
+        pair["drop"] = "same tokens" * (chosen == rejected) or "empty" * (not (chosen and rejected)) or \
+            "too long" * (sum(map(len, tokens)) > cfg.max_len)  # cut, both sides might be the same
+        kept += [(pair, tokens)] * (not pair["drop"])
+    refs = pair_logp(run, net, [tokens for _, tokens in kept]).tolist()
+    for (pair, (*_, rejected)), ref in zip(kept, refs):
+        pair |= dict(ref=ref, hardness=ref[1] / len(rejected))
+    return rows
+
+
+def pairs_of_arm(cfg, arm, rows):
+    """[(question, pair)]: what an arm is trained on. In place of N edits, arm A has N more full pairs, so that each
+    problem is seen as often in all arms."""
+    wanted = {kind: 1 if kind == "full" and len(ARMS[arm]) > 1 else cfg.num_edits + (len(ARMS[arm]) == 1)
+              for kind in ARMS[arm]}
+    return [(row["question"], row[kind][i % len(row[kind])]) for row in rows for kind, n in wanted.items()
+            if row[kind] for i in range(n)]
+
+
+# ---------------------------------------------------------------- 5. Evaluation and claims
 def evaluate(run, local, net, sets, held):
-    """What one policy does: right answers (N,) of each set, errors by type on the test set, held-out pairs (P, 2)."""
-    found = dict(correct={}, errors={})
+    """What one policy does: right answers (N,) of each set, errors by type on the test set, and what both sides of the
+    pairs of held-out problems have gained (P, 2): the mean over the pairs of each problem, by kind."""
+    found = dict(correct={}, errors={}, gain={})
     for name, problems in sets.items():
-        texts = local.solve([x["question"] for x in problems])
-        found["correct"][name] = torch.tensor([is_correct(t, x["answer"]) for t, x in zip(texts, problems)])
+        questions, answers = [x["question"] for x in problems], [x["answer"] for x in problems]
+        texts = local.solve(questions)
+        found["correct"][name] = torch.tensor([is_correct(*both) for both in zip(texts, answers)]).double()
         if name == "test":
-            drawn = local.sample([x["question"] for x in problems], EVAL_SAMPLES, ("evaluate",))
-            found["correct"]["sampled"] = torch.tensor([[is_correct(t or "", x["answer"]) for t in texts]
-                                                        for texts, x in zip(drawn, problems)]).double().mean(1)
+            drawn = zip(local.sample(questions, EVAL_SAMPLES, ("evaluate",)), np.repeat(answers, EVAL_SAMPLES))
+            right = torch.tensor([is_correct(text or "", answer) for text, answer in drawn]).double()
+            found["correct"]["sampled"] = right.view(-1, EVAL_SAMPLES).mean(1)
         if name == "test" and "program" in problems[0]:
-            kinds = [verify(x["program"], text) for text, x in zip(texts, problems)]
-            found["errors"] = {kind: torch.tensor([k is not None and k[1] == kind for k in kinds]) for kind in TYPES}
-    return found | dict(held={kind: pair_logp(run, net, pairs) for kind, pairs in held.items()})
+            kinds = [(verify(x["program"], text) or (0, ""))[1] for text, x in zip(texts, problems)]
+            found["errors"] = {kind: torch.tensor([k == kind for k in kinds]).double() for kind in TYPES}
+    for kind in KINDS:
+        pairs = [[(tokens_of(local.tok, row["question"], pair), pair["ref"]) for pair in row[kind]] for row in held]
+        if any(pairs):
+            tokens, ref = zip(*itertools.chain(*pairs))
+            gain = (pair_logp(run, net, tokens) - torch.tensor(ref)).double()
+            found["gain"][kind] = torch.stack([x.mean(0) for x in gain.split([*map(len, pairs)]) if len(x)])
+    return found
 
 
 def audit(rows, edits):
     """Shares of edits that were dropped, by reason, and of those kept by what they are: still right, or which error."""
     steps = [step for row in edits for step in row["steps"]]
+    kept = [pair for row in rows for pair in row["edit"]]
     count = Counter(step["drop"] or "kept" for step in steps)
     found = {f"edits/{reason}": n / len(steps) for reason, n in count.items()} | {"edits/asked": len(steps)}
-    kept = [pair for row in rows for pair in row["edit"]]
+    if kept:
+        found["edits/distance"] = np.mean([pair["distance"] for pair in kept])
     if kept and "error" in kept[0]:
         hits = dict(multi_value="CALC", wrong_sub="SUBST", symbol="SYMBOL", swap="SWAP", del_term="OMIT")
-        found["edits/still right"] = sum(not pair["error"] for pair in kept) / len(kept)
-        found["edits/of the type asked for"] = sum(hits.get(x["kind"]) == x["error"] for x in kept) / len(kept)
-    if kept:
-        distance = [levenshtein(pieces(pair["chosen"]), pieces(pair["rejected"])) for pair in kept]
-        found["edits/distance"] = sum(distance) / len(kept)
+        found["edits/still right"] = np.mean([not pair["error"] for pair in kept])
+        found["edits/of the type asked for"] = np.mean([hits.get(x["kind"]) == x["error"] for x in kept])
     return found
 
 
 EVAL_SAMPLES = 4  # of each test problem, at the temperature of the chain: a measure of less noise than greedy answers
 # Fixed before the first evidence run, from the paper's claims: id, statistic, threshold, what would refute it.
 # right: share of test problems with a right greedy answer; sampled: of right samples; subtle: with an error out of
-# SUBTLE; chosen: gain of the chosen side of held-out pairs, nats. Differences are paired; intervals over bases, their
-# runs (DPO seeds) and problems; with one base they say nothing of other bases, with two runs little of other orders.
+# SUBTLE; chosen: gain of the chosen side of held-out pairs, nats, mean over a problem's full and edited pairs.
+# Differences are paired; intervals over bases, their runs (DPO seeds) and problems; with one base they say nothing of
+# other bases, with two runs little of other orders.
 CLAIMS = [
     ("rise-beats-dpo", "right C - A", 0.0, "edits add nothing to DPO on sampled pairs (paper: 0.1 to 1.7 points)"),
     ("edits-beat-random", "right C - E", 0.0, "errors at random places are as good: any hard negative will do"),
@@ -990,6 +999,10 @@ CLAIMS = [
     ("without-nll-chosen-falls", "chosen 0 - D", 0.0, "without NLL the chosen side does not lose probability"),
     ("nll-keeps-chosen", "chosen C - D", 0.0, "NLL does not keep it up"),
 ]
+MEASURES = dict(
+    right=lambda found: found["correct"]["test"], sampled=lambda found: found["correct"]["sampled"],
+    subtle=lambda found: sum(found["errors"][kind] for kind in SUBTLE),  # a solution has one first error
+    chosen=lambda found: (found["gain"]["full"] + found["gain"]["edit"])[:, 0] / 2)
 
 
 def bootstrap(x, draws=1000):
@@ -1004,49 +1017,29 @@ def bootstrap(x, draws=1000):
     return x.mean(), (min(low, x.mean()), max(high, x.mean()))
 
 
-def statistics(done, ref):
-    """Claim id to (statistic, interval). done: "base/arm" to a list of evaluations; ref: base to held-out log-probs."""
-    found, bases = {}, list(ref)
-
-    def stack(arm, get):
-        runs = [[get(result, b) for result in done.get(f"{b}/{arm}", [])] for b in bases]
-        if not all(runs):
-            return None
-        n = min(len(x) for row in runs for x in row)  # bases may have different numbers of held-out pairs
-        return np.array([[x[:n] for x in row] for row in runs], float)  # (bases, runs, n)
-
-    def right(result, b):
-        return result["correct"]["test"].tolist()
-
-    def sampled(result, b):
-        return result["correct"]["sampled"].tolist()
-
-    def subtle(result, b):
-        return torch.stack([result["errors"][k] for k in SUBTLE]).any(0).tolist()
-
-    def chosen(result, b):  # as many held-out pairs of samples as of edits
-        gains = [(result["held"][k] - ref[b][k])[:, 0].tolist() for k in ("full", "edit") if k in ref[b]]
-        return [gain for both in zip(*gains) for gain in both]
-
-    measures = dict(right=right, sampled=sampled, subtle=subtle, chosen=chosen)
+def statistics(done):
+    """Claim id to (statistic, interval), of what was measured. done: {base: {arm: [evaluation, ...]}}"""
+    found = {}
     for name, formula, *_ in CLAIMS:
-        measure, a, _, b = formula.split()  # the base has one evaluation, which is taken for each run
-        if measure == "subtle" and not all(result["errors"] for results in done.values() for result in results):
-            continue  # without a verifier
-        x, y = stack(a, measures[measure]), stack(b, measures[measure])
-        if x is not None and y is not None and x.size:
-            found[name] = bootstrap(x - y)
+        measure, *arms = formula.replace("- ", "").split()
+        runs = [[by_arm.get(arm, []) for by_arm in done.values()] for arm in arms]  # two arms, bases, runs
+        needs = dict(subtle="errors", chosen="gain").get(measure, "correct")
+        if not all(of_base and all(result[needs] for result in of_base) for arm in runs for of_base in arm):
+            continue  # an arm that was not asked for; a model without a verifier; no problem is held out
+        values = [[[MEASURES[measure](result) for result in of_base] for of_base in arm] for arm in runs]
+        n = min(len(x) for arm in values for of_base in arm for x in of_base)  # bases may differ in held-out problems
+        first, second = (np.array([[x[:n] for x in of_base] for of_base in arm]) for arm in values)  # (bases, runs, n)
+        found[name] = bootstrap(first - second)  # the base has one evaluation, which is taken for each run
     return found
 
 
 # ---------------------------------------------------------------- 6. Training
-def base_example(rng, lengths=(2, 3, 4), verbs=VERBS):
+def base_example(rng, odd):
     """(prompt, answer) in tokens for the tiny model's own pre-training: four of five times a solution, else an edit."""
-    tok, problem = tiny_words(), make_problem(rng, "sft", lengths, verbs)
+    tok, problem = Words(), make_problem(rng, "sft", **odd)
     if rng.random() < 0.8:
         return tok.solve_prompt(problem["question"]), tok.encode(careless_solution(problem, rng)) + tok.stop
-    solution = gold_solution(problem["program"])
-    steps, (head, parts) = gold_steps(problem["program"]), split_steps(solution)
+    steps, (head, parts) = gold_steps(problem["program"]), split_steps(write_solution(gold_steps(problem["program"])))
     i = rng.randrange(len(steps))
     kind = rng.choice(admissible(parts[i][1]))
     edited = corrupt(kind, steps[i], rng) or write_step(*steps[i])
@@ -1054,7 +1047,7 @@ def base_example(rng, lengths=(2, 3, 4), verbs=VERBS):
     return tok.edit_prompt(kind, problem["question"], before, parts[i][1].strip()), tok.encode(edited) + tok.stop
 
 
-def train_base(cfg, run, b, state):
+def train_base(cfg, run, b):
     """The tiny model that stands for the instruct model: the average of the weights on the way. Not averaged, its
     accuracy jumps by 0.3 from one look to the next, and any training at a low learning rate would seem to teach it."""
     torch.manual_seed(random_of("base", cfg.seed, b).getrandbits(60))
@@ -1062,19 +1055,18 @@ def train_base(cfg, run, b, state):
     nn.init.normal_(model.embed_tokens.weight, 0, 0.05)
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1), cfg.base_lr, (0.9, 0.98), fused=True)
-    if state.get("job") == job:
-        step = state["step"]
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-    dev, log = make_problems(cfg, "dev", min(cfg.n_dev, 250), 0), Log(run, job, cfg.base_steps, step)
+    if run.state.get("job") == job:
+        step = run.state["step"]
+        for name, part in dict(model=model, average=average, optimizer=optimizer).items():
+            part.load_state_dict(run.state[name])
+    log = Log(run, job, cfg.base_steps, step)
     while step < cfg.base_steps:
         for group in optimizer.param_groups:
             group["lr"] = cfg.base_lr * min(1.0, (step + 1) / 50)
         rng = random_of("sft", cfg.seed, b, step)
         # one batch in ten is of longer problems, one of rare words: the splits long and reworded are known, not common
-        odd = {0: dict(lengths=(5, 6)), 5: dict(verbs=RARE)}.get(step % 10, {})
-        rows = [base_example(rng, **odd) for _ in range(cfg.base_batch)]
+        odd = {0: ODD["long"], 5: ODD["reworded"]}.get(step % 10, {})
+        rows = [base_example(rng, odd) for _ in range(cfg.base_batch)]
         L = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids = torch.tensor([p + a + [0] * (L - len(p) - len(a)) for p, a in rows], device=run.device)  # (B, L)
         target = torch.tensor([[-100] * len(p) + a + [-100] * (L - len(p) - len(a)) for p, a in rows])
@@ -1085,17 +1077,11 @@ def train_base(cfg, run, b, state):
         optimizer.zero_grad()
         step += 1
         torch._foreach_lerp_([*average.parameters()], [*model.parameters()], min(1.0, 10 / step))  # the last tenth
-        if step % cfg.base_every == 0 or step == cfg.base_steps:
-            texts = Local(cfg, average, tiny_words()).solve([x["question"] for x in dev])
-            log(step, loss=loss.item(), dev=sum(is_correct(t, x["answer"]) for t, x in zip(texts, dev)) / len(dev))
-        elif step % cfg.log_every == 0:
+        if step % 10 == 0 or step == cfg.base_steps:
             log(step, loss=loss.item())
-        stop = should_stop(run)
-        if stop or step % cfg.save_every == 0:
-            save_state(run, job=job, step=step, model=model.state_dict(), average=average.state_dict(),
-                       optimizer=optimizer.state_dict(), done=state["done"], seconds=time.perf_counter() - run.began)
-        if stop:
-            stopped(run)
+        after_step(run, step % cfg.save_every == 0, lambda: dict(
+            job=job, step=step, model=model.state_dict(), average=average.state_dict(),
+            optimizer=optimizer.state_dict()))
     return average
 
 
@@ -1111,18 +1097,17 @@ def presentation(n, total, *key):
     return torch.cat(orders)[:total].tolist()
 
 
-def train(cfg, run, job, arm, net, pairs, ref, seed, state):
-    """One arm: preference learning on token pairs with cached reference log-probabilities ref (P, 2)."""
+def train(cfg, run, job, arm, net, pairs, ref, seed):
+    """One arm: preference learning on token pairs with their reference log-probabilities ref (P, 2)."""
     fit = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    lr = cfg.lr or RATES[arm]
-    optimizer = torch.optim.AdamW(fit.values(), lr, weight_decay=cfg.weight_decay)
-    step, total = 0, cfg.steps * cfg.batch_size
-    if state.get("job") == job:
-        step = state["step"]
-        put_state(run, net, optimizer, state)
+    lr, step, total = cfg.lr or RATES[arm], 0, cfg.steps * cfg.batch_size
+    optimizer = torch.optim.AdamW(fit.values(), lr, weight_decay=0.0)
+    if run.state.get("job") == job:
+        step = run.state["step"]
+        put_state(run, net, optimizer)
     order = presentation(len(pairs), total, cfg.seed, seed, arm)
     loss_of = rft_loss if arm == "1" else functools.partial(
-        rise_loss, beta=cfg.beta, nll=0.0 if arm == "D" else cfg.nll, gate=cfg.nll_gate)
+        rise_loss, beta=cfg.beta, nll=0.0 if arm == "D" else cfg.nll)
     # what accumulate needs: parameters that are learned; sharded ones sum up their gradients at every part
     view, seen = SimpleNamespace(parameters=fit.values, no_sync=contextlib.nullcontext), []
 
@@ -1139,28 +1124,23 @@ def train(cfg, run, job, arm, net, pairs, ref, seed, state):
     first, net = step, net.train()
     while step < cfg.steps:
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, lr, 0.0, cfg.warmup_steps, cfg.steps)
+            group["lr"] = lr_at(step, lr, 0.0, cfg.steps // 10, cfg.steps)  # (official code)
         rows = order[step * cfg.batch_size :][: cfg.batch_size][run.rank :: run.world]
-        batch = collate([pairs[i] for i in rows], cfg.share_prefix) | dict(ref=ref[rows])
         seen.clear()
-        loss = accumulate(view, batch, cfg.micro_batch or len(rows), loss_sum)
-        norm = nn.utils.clip_grad_norm_(fit.values(), cfg.grad_clip)
+        loss = accumulate(view, collate([pairs[i] for i in rows]) | dict(ref=ref[rows]), cfg.micro_batch or len(rows),
+                          loss_sum)
+        norm = nn.utils.clip_grad_norm_(fit.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        if step == 1 or step % cfg.log_every == 0 or step == cfg.steps:
+        if step == 1 or step % 10 == 0 or step == cfg.steps:
             if not loss.isfinite():
                 fail(f"{job}: training diverged; lower --lr")
             margin, right, chosen, rejected = torch.cat(seen, 1).mean(1).tolist()
             per_s = (step - first) * cfg.batch_size / (time.perf_counter() - began)
             log(step, loss=loss.item(), margin=margin, right=right, chosen=chosen, rejected=rejected,
                 gnorm=float(norm), lr=group["lr"], pairs_per_s=per_s)
-        stop = should_stop(run)
-        if stop or step % cfg.save_every == 0:
-            save_state(run, job=job, step=step, done=state["done"], seconds=time.perf_counter() - run.began,
-                       **get_state(run, net, optimizer))
-        if stop:
-            stopped(run)
+        after_step(run, step % cfg.save_every == 0, lambda: dict(job=job, step=step, **get_state(run, net, optimizer)))
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1495,10 +1475,10 @@ class Chat:
             if len(body) > self.most_bytes or time.monotonic() > end:
                 return got.close()
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError), self.lock:
-            reply = json.loads(body)
-            text = "" + reply["choices"][0]["message"]["content"]  # TypeError unless it is text
+            text = "" + (reply := json.loads(body))["choices"][0]["message"]["content"]  # TypeError unless it is text
             replace_file(path, json.dumps(text).encode())
-            self.tokens += reply["usage"]["total_tokens"] if reply.get("usage") else 0
+            with contextlib.suppress(LookupError, TypeError):  # not all servers count
+                self.tokens += reply["usage"]["total_tokens"]
             return text
 
     def ask(self, jobs):
@@ -1522,16 +1502,22 @@ def load_kernel(name):
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
 
 
-@functools.cache
-def tiny_words():
-    return Words()
+def save_progress(run, parts=None):
+    """What --resume needs: finished jobs, seconds of all parts of the run, and parts of the job at hand, if new."""
+    run.state = run.state if parts is None else dict(done=run.state["done"], **parts)
+    run.state["seconds"] = time.perf_counter() - run.began
+    save_state(run, **run.state)
 
 
-def stopped(run):
-    """Say how to go on, and leave."""
-    if not run.rank:
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
-    raise SystemExit(130)
+def after_step(run, due, make_parts=lambda: None):
+    """Save if it is due, and at Ctrl-C, where the run ends."""
+    stop = should_stop(run)
+    if stop or due:
+        save_progress(run, make_parts())
+    if stop:
+        if not run.rank:
+            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        raise SystemExit(130)
 
 
 def read_rows(path):
@@ -1546,50 +1532,56 @@ def read_rows(path):
         fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
 
 
-def stage(run, path, todo, size, make):
-    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of `size` items, which are
-    appended at once. What is there is not made again; a part is always made whole, as its random numbers need."""
-    rows, log = read_rows(path), Log(run, path.stem, len(todo))
+def stage(cfg, run, path, todo, make):
+    """Rows of a JSONL file for the items `todo`, in their order; make(part) gives those of some, which are appended at
+    once. What is there is not made again; a part is always made whole, as its random numbers need."""
+    rows, log, size = read_rows(path), Log(run, path.stem, len(todo)), max(1, cfg.sample_batch // cfg.k)
     for i in range(0, len(todo), size):
         part = todo[i : i + size]
-        if any(x["id"] not in rows for x in part):
-            if run.world > 1:
-                fail(f"torchrun trains on finished pairs: run the same command alone with --until pairs first ({path})")
-            new = [row for row in make(part) if row["id"] not in rows]
+        missing = {x["id"] for x in part} - rows.keys()
+        if missing and run.world > 1:
+            fail(f"torchrun trains on finished pairs: run the same command alone with --until pairs first ({path})")
+        if missing:
+            new = {row["id"]: row for row in make(part) if row["id"] in missing}
             with open(path, "ab") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new).encode())
+                file.write("".join(json.dumps(row) + "\n" for row in new.values()).encode())
                 file.flush()
                 os.fsync(file.fileno())
-            rows |= {row["id"]: row for row in new}
+            rows |= new
         log(min(i + size, len(todo)))
-        if should_stop(run):
-            stopped(run)
+        after_step(run, missing)
     return [rows[x["id"]] for x in todo]
 
 
-def load_real(cfg, folder):
-    """A checkpoint's decoder in fp32 on the CPU."""
+QWEN2_7B = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+
+
+def shape_of(cfg):
+    """The numbers of --model's config.json; without it the paper's scale is Qwen2-7B."""
+    if not cfg.model:
+        return read_shape(QWEN2_7B) if cfg.scale == "paper" else tiny_shape(cfg)
+    folder = fetch_model(cfg.model, offline=cfg.dry_run)
     try:
-        shape = read_shape(json.loads((folder / "config.json").read_text()))
-        with torch.device("meta"):
-            model = Decoder(shape)
-        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
-        model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        fail(f"--model {folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
-    return model
+        return read_shape(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"{folder}/config.json: not one of a Llama or Qwen2 checkpoint: {error!r}")
 
 
 def make_policy(cfg, run, b, weights=None):
-    """A decoder as the base is, with what an arm learned in it, on the device; LoRA if asked for."""
-    if cfg.model:
-        model = load_real(cfg, fetch_model(cfg.model))
-    else:
-        model = Decoder(tiny_shape(cfg))
-        model.load_state_dict(load_file(run.out / f"b{b}" / "base.safetensors"))
+    """A decoder in fp32 as the base is, with what an arm learned in it, on the device; LoRA if asked for."""
+    folder, shape = fetch_model(cfg.model) if cfg.model else run.out / f"b{b}", shape_of(cfg)
+    with torch.device("meta"):
+        model = Decoder(shape)
+    try:
+        tensors = load_weights(folder) if cfg.model else load_file(folder / "base.safetensors")
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in tensors.items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        fail(f"--model {folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
-    model = add_lora(model, cfg.lora_rank) if cfg.lora_rank else model
+    model = add_lora(model, cfg.lora_rank)
     if weights:
         model.load_state_dict(load_file(weights), strict=False)
     return model if run.world > 1 else model.to(run.device)
@@ -1607,98 +1599,90 @@ def shard(run, net):
 
 
 def get_state(run, net, optimizer=None):
-    """Learned weights and optimizer state, whole, on rank 0's CPU where they are spread."""
-    if run.world == 1:
-        model = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
-        return dict(model=model, optimizer=optimizer and optimizer.state_dict())
+    """Learned weights and the optimizer's state by their names, whole on rank 0's CPU where they are spread."""
     from torch.distributed.checkpoint import state_dict as whole
 
-    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    options = whole.StateDictOptions(full_state_dict=run.world > 1, cpu_offload=run.world > 1,
+                                     ignore_frozen_params=True)
     return dict(model=whole.get_model_state_dict(net, options=options),
                 optimizer=optimizer and whole.get_optimizer_state_dict(net, optimizer, options=options))
 
 
-def put_state(run, net, optimizer, state):
-    if run.world == 1:
-        net.load_state_dict(state["model"], strict=False)
-        return optimizer.load_state_dict(state["optimizer"])
+def put_state(run, net, optimizer):
     from torch.distributed.checkpoint import state_dict as whole
 
-    options = whole.StateDictOptions(full_state_dict=True, strict=False)
-    whole.set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                         options=options)
+    whole.set_state_dict(net, optimizer, model_state_dict=run.state["model"], optim_state_dict=run.state["optimizer"],
+                         options=whole.StateDictOptions(full_state_dict=run.world > 1, strict=False))
 
 
-def ledger(cfg, run, net, pairs, jobs):
-    """Measure a step with shared and with separate contexts, and say what the arms will take."""
-    rows, seconds, tokens = [pairs[i % len(pairs)] for i in range(cfg.micro_batch or cfg.batch_size)], [], []
+def work(cfg, model):
+    """What a run takes at most: tokens of a pair, half of it prompt; tokens that are trained, read as prompts, written;
+    all parameters and those learned; FLOPs of a token in training."""
+    length, jobs = cfg.max_len if cfg.task == "math" else 100, cfg.bases * len(jobs_of(cfg))
+    base = cfg.bases * cfg.base_steps * cfg.base_batch * length // 2 * (cfg.task == "chain")
+    answers = cfg.bases * cfg.n_problems * (cfg.k + 4) + (jobs + cfg.bases) * cfg.n_test * (1 + EVAL_SAMPLES)
+    total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    tokens = base + jobs * cfg.steps * cfg.batch_size * length, answers * length // 2, answers * cfg.max_new
+    return length, tokens, total, fit, 4 * total + 2 * fit
 
-    def step_of(batch):
+
+def ledger(cfg, run):
+    """Before anything is trained: measure what a token costs in training and in writing, and say what all will take."""
+    with run.device:
+        model, x = add_lora(Decoder(shape_of(cfg)), cfg.lora_rank), torch.randn(1024, 1024)
+    length, (trained, read, written), *_, flops = work(cfg, model)
+    quarter = [1] * (length // 4)
+    batch = collate([(quarter * 2, quarter, quarter)] * (1 if cfg.model else 64))
+    batch = {name: part.to(run.device) for name, part in batch.items()}
+    net, local = PairLogp(model, cfg.kernels), Local(cfg, model, Words(), run.dtype)
+
+    def step():
         with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-            loss = net(**batch).sum()
-        loss.backward()
-        should_stop(run)  # waits for the device
+            logp = net(**batch)
+        logp.sum().backward()
 
-    for shared in (True, False):
-        batch = {k: x.to(run.device) for k, x in collate(rows, shared).items()}
-        tokens.append(int((batch["segment"] < 3).sum()))
-        seconds.append(min(timeit.repeat(lambda: step_of(batch), number=1, repeat=3)))
-    net.zero_grad()
-    step = seconds[0 if cfg.share_prefix else 1] * cfg.batch_size / len(rows)
-    n, x = sum(p.numel() for p in net.parameters()), torch.randn(1024, 1024, device=run.device)
-    peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=3))
-    rate = tokens[0] / seconds[0]
-    saved = [1 - x[0] / x[1] for x in (tokens, seconds)]
-    print(f"shared contexts save {saved[0]:.0%} of the tokens and {saved[1]:.0%} of the time: {rate:,.0f} tokens/s, "
-          f"{6 * n * rate / peak:.0%} of a matmul's {peak / 1e9:.0f} GFLOP/s; {jobs} runs x {cfg.steps} steps x "
-          f"{1e3 * step:.0f} ms = {jobs * cfg.steps * step / 60:.1f} minutes, evaluation not counted", flush=True)
+    def seconds(function):
+        return min(timeit.repeat(lambda: (function(), x.sum().item()), number=1, repeat=2))  # item() waits for a GPU
 
-
-QWEN2_7B = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)
+    train = seconds(step) / batch["ids"].numel()
+    write = seconds(lambda: generate(local.model, [[1]] * cfg.sample_batch, 4)) / (4 * cfg.sample_batch)
+    share = flops / train * seconds(lambda: x @ x) / (2 * 1024**3)
+    minutes = ((trained + read / 3) * train + written * write) / 60
+    print(f"{1 / train:,.0f} tokens/s in training ({share:.0%} of a matmul's FLOP/s), {1 / write:,.0f} in writing; at "
+          f"most {trained:,} trained, {read:,} read, {written:,} written = {minutes:.1f} minutes", flush=True)
+    if cfg.scale == "small" and cfg.task == "chain" and minutes > 10:
+        print("note: on this machine that is more than the ten minutes that --scale small is made for", flush=True)
 
 
 def dry_run(cfg):
-    """What the arms take, without allocating a network; the paper's scale without --model is Qwen2-7B."""
-    if cfg.model:
-        folder = fetch_model(cfg.model, offline=True)
-        try:
-            shape = read_shape(json.loads((folder / "config.json").read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{folder}/config.json: not one of a Llama or Qwen2 checkpoint: {error!r}")
-    else:
-        shape = read_shape(QWEN2_7B) if cfg.scale == "paper" else tiny_shape(cfg)
+    """The same without a measurement and without allocating a network."""
+    shape, rows = shape_of(cfg), cfg.micro_batch or cfg.batch_size
     with torch.device("meta"):
-        model = Decoder(shape)
-        model = add_lora(model, cfg.lora_rank) if cfg.lora_rank else model
-    total, fit = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    length = cfg.max_len if cfg.model or cfg.scale == "paper" else 100
-    runs = len(jobs_of(cfg)) * cfg.bases
-    tokens, rows = runs * cfg.steps * cfg.batch_size * length, cfg.micro_batch or cfg.batch_size
+        length, (trained, read, written), total, fit, flops = work(cfg, add_lora(Decoder(shape), cfg.lora_rank))
     memory = 4 * total + 12 * fit + rows * length * (34 * shape.n_layer * shape.n_embd + 8 * shape.vocab_size)
-    write = 2 * total * cfg.bases * cfg.n_problems * (cfg.k + 4) * cfg.max_new
-    flops = (4 + 2 * fit / total) * total * tokens
-    print(f"{total:,} parameters, {fit:,} learned | {runs} runs x {cfg.steps} steps x {cfg.batch_size} pairs, at most "
-          f"{tokens:.2e} tokens, {flops:.2e} FLOPs | sampling and editing {write:.2e} FLOPs | {memory / 2**30:.1f} GiB "
-          f"(spread over the ranks of torchrun) | {flops / 200e12 / 3600 + write / 20e12 / 3600:.2f} hours on one H100")
-    print("assumed: fp32 weights and AdamW, 200 TFLOP/s in training, 20 in sampling; no evaluation")
+    hours = (flops * trained / 200e12 + 2 * total * (read / 200e12 + written / 20e12)) / 3600
+    print(f"{total:,} parameters, {fit:,} learned | at most {trained:.2e} tokens trained, {flops * trained:.2e} FLOPs, "
+          f"{read:.2e} read, {written:.2e} written | {memory / 2**30:.1f} GiB (spread over the ranks of torchrun) | "
+          f"{hours:.2f} hours on one H100")
+    print("assumed: fp32 weights and AdamW, 200 TFLOP/s in training and reading, 20 in writing")
 
 
 def plot_curves(path, log):
-    """Gain in log-probability of the chosen and the rejected side by step, for each arm."""
+    """Gain in log-probability of the chosen side (drawn through) and the rejected one (dashed), for each arm."""
     from matplotlib.figure import Figure
 
-    curves = {}
+    figure, curves = Figure(figsize=(6, 4), layout="constrained"), {}
+    axes = figure.subplots()
     for row in map(json.loads, log.read_text().splitlines()):
         if "chosen" in row:
-            curves.setdefault(row["name"].rpartition("-")[2], []).append([row["step"], row["chosen"], row["rejected"]])
-    figure = Figure(figsize=(3 * max(1, len(curves)), 3), layout="constrained")
-    panels = figure.subplots(1, max(1, len(curves)), squeeze=False, sharey=True)[0]
-    for axes, (arm, points) in zip(panels, curves.items()):
-        for column, side in ((1, "chosen"), (2, "rejected")):
-            axes.plot([p[0] for p in points], [p[column] for p in points], ".", markersize=3, label=side)
-        axes.set(title=f"arm {arm}", xlabel="step")
-        axes.legend(fontsize="small")
+            arm = curves.setdefault(row["name"].rpartition("-")[2], {})
+            arm.setdefault(row["step"], []).append((row["chosen"], row["rejected"]))
+    for i, (arm, points) in enumerate(curves.items()):
+        means = np.array([np.mean(points[step], 0) for step in sorted(points)])  # (steps, 2), over bases and seeds
+        axes.plot(sorted(points), means[:, 0], "-", color=f"C{i}", label=f"{arm} chosen")
+        axes.plot(sorted(points), means[:, 1], "--", color=f"C{i}", label=f"{arm} rejected")
+    axes.set(xlabel="step", ylabel="gain in log-probability")
+    axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -1708,120 +1692,88 @@ def jobs_of(cfg):
     return [(arm, seed) for seed in range(cfg.seeds) for arm in cfg.arms.split(",") if arm != "0"]
 
 
-def make_pairs(cfg, run, b, policy, tok, problems):
-    """The chain up to the pairs of base b: samples, edits and pairs in JSONL, why items were dropped, the audit."""
-    folder, size = run.out / f"b{b}", cfg.part
-    backend = Local(cfg, policy, tok)
+def make_pairs(cfg, run, b, tok, problems):
+    """The chain up to the pairs of base b: problems with pairs to train on, why others were dropped, and the audit."""
+    folder, net, backend = run.out / f"b{b}", PairLogp(make_policy(cfg, run, b), cfg.kernels), None
     if cfg.endpoint:
         (run.out / "replies").mkdir(exist_ok=True)
         backend = Remote(cfg, Chat(cfg.endpoint, cfg.endpoint_model, run.out / "replies"))
-    samples = stage(run, folder / "samples.jsonl", problems, size, lambda x: sample_problems(cfg, backend, x, b))
+    elif run.world == 1:
+        backend = Local(cfg, net.model, tok, run.dtype)
+    samples = stage(cfg, run, folder / "samples.jsonl", problems, lambda part: sample_problems(cfg, backend, part, b))
     chosen, drops = [], Counter()
     for row in samples:
         pairs, reason = select(row, random_of("select", cfg.seed, b, row["id"]))
         drops[f"problem: {reason}"] += bool(reason)
         if pairs:
             chosen.append(row | dict(chosen=pairs[0][0], combinations=pairs[: 1 + cfg.num_edits]))
-    edits = stage(run, folder / "edits.jsonl", chosen, size, lambda x: edit_problems(cfg, backend, x, b))
-    programs = {x["id"]: x.get("program") for x in problems}
-    both = {row["id"]: (row, edit) for row, edit in zip(chosen, edits)}
-    rows = stage(run, folder / "pairs.jsonl", chosen, size, lambda x: [
-        build_pairs(cfg, *both[row["id"]], programs[row["id"]], b) for row in x])
-    drops.update(f"edit: {step['drop']}" for row in edits for step in row["steps"] if step["drop"])
+    edits = stage(cfg, run, folder / "edits.jsonl", chosen, lambda part: edit_problems(cfg, backend, part, b))
+    programs, edit_of = {x["id"]: x.get("program") for x in problems}, {row["id"]: row for row in edits}
+    rows = stage(cfg, run, folder / "pairs.jsonl", chosen, lambda part: add_reference(cfg, run, net, tok, [
+        build_pairs(cfg, row, edit_of[row["id"]], programs[row["id"]], b) for row in part]))
+    counts = {"samples/right": np.mean([s["correct"] for row in samples for s in row["samples"]]),
+              "problems/mixed": len(rows) / len(samples)} | audit(rows, edits)
+    for kind in KINDS:
+        drops.update(f"pair: {pair['drop']}" for row in rows for pair in row[kind] if pair["drop"])
+        for row in rows:
+            row[kind] = [pair for pair in row[kind] if not pair["drop"]]
+        if hardness := [pair["hardness"] for row in rows for pair in row[kind]]:
+            counts[f"hardness/{kind}"] = np.mean(hardness)
     drops["problem: no edit left"] += sum(not row["edit"] for row in rows)
-    right = sum(s["correct"] for row in samples for s in row["samples"]) / (cfg.k * len(samples))
-    counts = {"samples/right": right, "problems/mixed": len(rows) / len(samples)}
-    counts |= {f"dropped/{name}": n for name, n in drops.items() if n} | audit(rows, edits)
     if cfg.endpoint:
         print(f"{backend.chat.tokens:,} tokens of the endpoint", flush=True)
-    return [row for row in rows if row["edit"]], counts
+    counts |= {f"dropped/{name}": n for name, n in drops.items() if n}
+    return [row for row in rows if row["edit"] and row["full"]], counts
 
 
-def prepare(cfg, run, b, net, tok, rows):
-    """{(id, kind, place): tokens} of all pairs that can be trained on, their reference log-probabilities (P, 2), which
-    are computed once, and counts of those that cannot."""
-    tokens, drops, path = {}, Counter(), run.out / f"b{b}" / "reference.safetensors"
-    for row, kind, i in ((row, kind, i) for row in rows for kind in KINDS for i in range(len(row[kind]))):
-        context, chosen, rejected = tokens_of(tok, row["question"], row[kind][i])
-        reason = "same tokens" * (chosen == rejected) or "empty" * (not (chosen and rejected))
-        if len(context) + len(chosen) + len(rejected) > cfg.max_len:
-            reason = "too long"  # cut, both sides might be the same
-        drops[f"dropped/pair: {reason}"] += bool(reason)
-        if not reason:
-            tokens[row["id"], kind, i] = context, chosen, rejected
-    if not path.exists():
-        if run.world > 1:
-            fail(f"{path} is missing: run the same command without torchrun and with --until pairs first")
-        replace_file(path, save(dict(logp=pair_logp(run, net.eval(), list(tokens.values())))))
-    ref = load_file(path)["logp"]
-    if len(ref) != len(tokens):
-        fail(f"{path}: not of these pairs; remove it, and it will be made again")
-    return tokens, dict(zip(tokens, ref)), {name: n for name, n in drops.items() if n}
-
-
-def run_base(cfg, run, b, state, problems, sets, until):
-    """One base model: pairs, then arms. Returns reference log-probabilities of held-out pairs by kind, and counts."""
-    done, folder = state["done"], run.out / f"b{b}"
+def run_base(cfg, run, b, problems, sets, until):
+    """One base model: its pairs, then the arms. Returns counts of what the pairs are."""
+    folder = run.out / f"b{b}"
     folder.mkdir(exist_ok=True)
     if not cfg.model and not (folder / "base.safetensors").exists():
-        replace_file(folder / "base.safetensors", export(train_base(cfg, run, b, state)))
-    tok = Chatter(fetch_model(cfg.model)) if cfg.model else tiny_words()
-    net = PairLogp(make_policy(cfg, run, b), cfg.kernels)
-    rows, counts = make_pairs(cfg, run, b, net.model, tok, problems)
-    tokens, ref, dropped = prepare(cfg, run, b, net, tok, rows)
-    keys = {kind: [key for key in tokens if key[1] == kind and key[0] % 10 == 9] for kind in KINDS}  # held out
-    held = {kind: [tokens[key] for key in part] for kind, part in keys.items() if part}
-    before = {kind: torch.stack([ref[key] for key in keys[kind]]) for kind in held}
-    counts |= dropped | {f"hardness/{kind}": float(torch.stack([ref[key][1] / len(tokens[key][2]) for key in tokens
-                         if key[1] == kind]).mean()) for kind in held}
-    rows = [row for row in rows if row["id"] % 10 != 9]
+        replace_file(folder / "base.safetensors", export(train_base(cfg, run, b)))
+    tok = Chatter(fetch_model(cfg.model)) if cfg.model else Words()
+    rows, counts = make_pairs(cfg, run, b, tok, problems)
     if until == "pairs":
-        return before, counts
-    if len(rows) < 2 or not tokens:
+        return counts
+    held, rows = ([row for row in rows if (row["id"] % 10 == 9) == out] for out in (True, False))
+    if len(rows) < 2:
         fail(f"{folder}/pairs.jsonl: pairs of {len(rows)} problems are too few to train on: raise --n-problems or --k")
     if cfg.batch_size % run.world:
         fail(f"--batch-size {cfg.batch_size}: must be a multiple of the {run.world} ranks")
-    if b == 0 and run.world == 1:
-        ledger(cfg, run, net, list(tokens.values()), cfg.bases * len(jobs_of(cfg)))
-    del net
     for arm, seed in [("0", 0)] * ("0" in cfg.arms.split(",")) + jobs_of(cfg):
         job, weights = f"b{b}-s{seed}-{arm}", folder / f"{arm}-s{seed}.safetensors"
-        if job in done:
+        if job in run.state["done"]:
             continue
         if arm != "0" and not weights.exists():
-            wanted = [key for key in pairs_of_arm(cfg, arm, rows) if key in tokens]
-            if not wanted:
-                fail(f"{job}: no pair that arm {arm} can use: raise --n-problems or --max-len")
+            wanted = pairs_of_arm(cfg, arm, rows) or fail(
+                f"{job}: no pair that arm {arm} can use: raise --n-problems or --max-len")
             net = PairLogp(make_policy(cfg, run, b), cfg.kernels)
             net = shard(run, net) if run.world > 1 else net
-            train(cfg, run, job, arm, net, [tokens[key] for key in wanted], torch.stack([ref[key] for key in wanted]),
-                  (b, seed), state)
+            train(cfg, run, job, arm, net, [tokens_of(tok, *both) for both in wanted],
+                  torch.tensor([pair["ref"] for _, pair in wanted]), (b, seed))
             learned = {name.removeprefix("model."): p.contiguous() for name, p in get_state(run, net)["model"].items()}
             if not run.rank:
                 replace_file(weights, save(learned))
-            save_state(run, done=done, seconds=time.perf_counter() - run.began)
+            save_progress(run, {})
         if run.world == 1:
             net = PairLogp(make_policy(cfg, run, b, weights if arm != "0" else None), cfg.kernels)
-            done[job] = evaluate(run, Local(cfg, net.model, tok), net, sets, held)
-            state = dict(done=done)
-            save_state(run, **state, seconds=time.perf_counter() - run.began)
-    return before, counts
+            run.state["done"][job] = evaluate(run, Local(cfg, net.model, tok, run.dtype), net, sets, held)
+            save_progress(run)
+    return counts
 
 
-def summarise(cfg, done, ref):
-    """{"arm/measure": mean over runs}, and "base/arm" to its evaluations."""
+def summarise(done):
+    """{"arm/measure": mean over runs}, and the evaluations as {base: {arm: [evaluation, ...]}}."""
     metrics, groups = {}, {}
     for job, found in done.items():
         b, _, arm = job.split("-")
-        groups.setdefault(f"{b}/{arm}", []).append(found)
-        values = {name: right.double().mean().item() for name, right in found["correct"].items()}
-        values |= {kind: 100 * wrong.double().mean().item() for kind, wrong in found["errors"].items()}
-        for kind, logp in found["held"].items():
-            gain = (logp - ref[b][kind]).double()
-            values |= {f"{kind} margin": (gain[:, 0] - gain[:, 1]).mean().item(),
-                       f"{kind} chosen": gain[:, 0].mean().item()}
+        groups.setdefault(b, {}).setdefault(arm, []).append(found)
+        values = found["correct"] | {kind: 100 * wrong for kind, wrong in found["errors"].items()}
+        for kind, gain in found["gain"].items():
+            values |= {f"{kind} margin": gain[:, 0] - gain[:, 1], f"{kind} chosen": gain[:, 0]}
         for name, value in values.items():
-            metrics.setdefault(f"{arm}/{name}", []).append(value)
+            metrics.setdefault(f"{arm}/{name}", []).append(value.mean().item())
     return {name: float(np.mean(x)) for name, x in metrics.items()}, groups
 
 
@@ -1834,14 +1786,6 @@ def print_table(metrics, arms):
     print(" | ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key.split("/")[0] not in arms))
 
 
-def plain(rows):
-    """Generated problems for a chat model, such as: Ana has 6 pens. Gives 2. How many pens?"""
-    def said(text):
-        return ". ".join(part[0].upper() + part[1:] for part in re.sub(r" ([.?])", r"\1", text).split(". "))
-
-    return [dict(id=x["id"], question=said(x["question"]), answer=x["answer"]) for x in rows]
-
-
 def load_sets(cfg):
     """Problems to sample, and those to measure on by name."""
     if cfg.data:
@@ -1849,13 +1793,15 @@ def load_sets(cfg):
         problems = read_problems(cfg.data, "--data", cfg.n_problems)
         both = {x["question"] for x in problems} & {x["question"] for rows in test.values() for x in rows}
         return (problems, test) if not both else fail(f"--data has questions of --test-data: {min(both)[:60]!r}")
-    if cfg.model:  # easier ones, in sentences; such a model does not write its steps as the verifier reads them
-        return plain(make_problems(cfg, "dpo", cfg.n_problems, cfg.seed, lengths=(1, 2))), dict(
-            test=plain(make_problems(cfg, "test", cfg.n_test, 0, lengths=(1, 2))))
-    return make_problems(cfg, "dpo", cfg.n_problems, cfg.seed), dict(
-        dev=make_problems(cfg, "dev", cfg.n_dev, 0), test=make_problems(cfg, "test", cfg.n_test, 0),
-        long=make_problems(cfg, "test", cfg.n_test // 2, 0, lengths=(5, 6)),
-        reworded=make_problems(cfg, "test", cfg.n_test // 2, 1, verbs=RARE))
+    easy = dict(lengths=(1,), terms=(1,), most=12, times=0.0) if cfg.scale == "smoke" else dict(lengths=(1, 2))
+    easy = easy if cfg.model else {}
+    problems = make_problems("dpo", cfg.n_problems, cfg.seed, **easy)
+    sets = dict(dev=make_problems("dev", cfg.n_dev, 0), test=make_problems("test", cfg.n_test, 0, **easy))
+    if cfg.model:  # such a model does not write its steps as the verifier reads them: without programs
+        problems, test = ([dict(id=x["id"], question=in_sentences(x["question"]), answer=x["answer"]) for x in rows]
+                          for rows in (problems, sets["test"]))
+        return problems, dict(test=test)
+    return problems, sets | {name: make_problems("test", cfg.n_test // 2, 1, **odd) for name, odd in ODD.items()}
 
 
 def main(argv=None):
@@ -1868,25 +1814,24 @@ def main(argv=None):
     problems, sets = load_sets(cfg)
     until, cfg.until = cfg.until, "eval"  # a run goes on from its pairs
     run = start_run(cfg, "rise")
-    state = load_state(run) or dict(done={}, seconds=0.0)
-    run.began = time.perf_counter() - state["seconds"]
+    run.state = load_state(run) or dict(done={}, seconds=0.0)
+    run.began = time.perf_counter() - run.state["seconds"]
     if not (run.out / "state.pt").exists():
-        save_state(run, **state)  # from here on the directory belongs to these flags
-    done, ref, counts = state["done"], {}, {}
-    for b in range(cfg.bases):
-        ref[f"b{b}"], found = run_base(cfg, run, b, state, problems, sets, until)
-        for name, value in found.items():
-            counts.setdefault(name, []).append(value)
+        save_progress(run)  # from here on the directory belongs to these flags
+    if run.world == 1:
+        ledger(cfg, run)
+    found = [run_base(cfg, run, b, problems, sets, until) for b in range(cfg.bases)]
+    counts = {name: [x[name] for x in found if name in x] for name in dict.fromkeys(itertools.chain(*found))}
     counts = {name: float(np.sum(x)) / (len(x) if "hardness" in name else cfg.bases) for name, x in counts.items()}
     if until == "pairs" or run.world > 1:
         if not run.rank:
             print(f"{run.out}: {json.dumps(counts)}; go on with the same command, --until eval and --resume")
         return counts
-    metrics, groups = summarise(cfg, done, ref)
+    metrics, groups = summarise(run.state["done"])
     arms = cfg.arms.split(",")
     print_table(metrics | counts, arms)
     plot_curves(run.out / "plot.png", run.out / "log.jsonl")
-    found = statistics(groups, ref) if "test" in sets else {}
+    found = statistics(groups) if "test" in sets else {}
     if "rise-beats-dpo" in found and cfg.scale != "smoke" and found["rise-beats-dpo"][1][0] <= 0:
         print("The interval of C - A includes 0: that RISE is better than DPO on sampled pairs is not reproduced here.")
     digest = hashlib.sha256(json.dumps([problems, sets]).encode()).hexdigest()

