@@ -151,7 +151,8 @@ class Config:
             fail("--scale paper: training on real data is not in this file; --dry-run says what it would take")
 
 
-ARMS = "blind full uniform avgpool qformer vistog tome clstopk vistog-joint vistog-soft vistog-hard vistog-late".split()
+ARMS = "blind full uniform avgpool qformer vistog tome clstopk".split()
+ARMS += [f"vistog-{variant}" for variant in "joint late soft hard oracle".split()]
 SCALES = {
     "smoke": dict(n_train=64, n_eval=32, vit_layer=2, vit_embd=16, n_layer=1, n_embd=16, n_head=2, encoder_steps=4,
                   lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2),
@@ -268,13 +269,27 @@ def render(scenes, generator):
     return (image + 0.03 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
 
 
+def covering(scenes):
+    """Which object covers the middle of each patch (n, N), MOST where none does."""
+    middle, covers = torch.arange(CELLS) * PATCH + PATCH // 2, scenes["there"][:, :, None]
+    for name, at in (("y", middle.repeat_interleave(CELLS)), ("x", middle.repeat(CELLS))):
+        low = scenes[name][:, :, None]
+        covers = covers & (at >= low) & (at < low + scenes["side"][:, :, None])  # (n, 5, N)
+    return covers.int().argmax(1).masked_fill(~covers.any(1), MOST)
+
+
+def told(scenes):
+    """Four words for each object (n, 5, 4): its colour, its shape or digit, the halves of the image it is in."""
+    x, y = (WORD[low] + (scenes[k] + scenes["side"] / 2 > CANVAS / 2) for k, low in (("x", "left"), ("y", "upper")))
+    return torch.stack([WORD["red"] + scenes["colour"], WORD["circle"] + scenes["shape"], x, y], 2)
+
+
 def captions(scenes):
-    """Ids (n, 12): the objects from left to right in two words each, "red star blue 7", between <bos> and <eos>."""
-    order = (scenes["x"] + 1000 * ~scenes["there"]).argsort(1)
-    words = torch.stack([WORD["red"] + scenes["colour"], WORD["circle"] + scenes["shape"]], 2)  # (n, 5, 2)
-    words = (words * scenes["there"][:, :, None]).gather(1, order[:, :, None].expand(-1, -1, 2)).flatten(1)
+    """Ids (n, 22): objects from left to right, "red star left upper blue 7 right upper", between <bos> and <eos>."""
+    order = (scenes["x"] + 1000 * ~scenes["there"]).argsort(1)[:, :, None].expand(-1, -1, 4)
+    words = (told(scenes) * scenes["there"][:, :, None]).gather(1, order).flatten(1)
     ids = F.pad(F.pad(words, (1, 0), value=WORD["<bos>"]), (0, 1))
-    return ids.scatter(1, 1 + 2 * scenes["there"].sum(1, keepdim=True), WORD["<eos>"])
+    return ids.scatter(1, 1 + 4 * scenes["there"].sum(1, keepdim=True), WORD["<eos>"])
 
 
 def choose(mask, generator):
@@ -533,6 +548,8 @@ class VisToG(nn.Module):
             s = semantic_stream(vision, s, stream["kept"])
         s, p = self.norm_s(s), self.norm_p(p[:, 1:])
         noise = None if self.variant == "hard" else noise
+        if self.variant == "oracle":  # so large that it decides, and scores get no gradient
+            noise = 1e4 * F.one_hot(stream["objects"].long(), s.shape[1]).mT.float()  # (B, M, N)
         if self.kernels and self.variant != "soft":
             g, self.index, *_ = load_kernel("hard_assign")(self.q(s), self.k(p), self.v(p), self.tau, self.eps,
                                                            noise=noise)
@@ -621,6 +638,7 @@ class Network(nn.Module):
         self.reduce = QFormer(vision, cfg) if kind == "qformer" else self.reduce
         more = "enter" if variant == "joint" else "kept" if kind == "vistog" else "attention"
         self.needs = ["out"] if kind in ("full", "qformer") else ["out", more]  # of the streams
+        self.needs += ["objects"] * (variant == "oracle")
         self.projector = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)) if self.m else None
 
     def visual(self, part, free="", m=0):
@@ -692,12 +710,9 @@ def certificate(vision):
     """What a linear map tells of the object that covers a patch's middle, from the encoder's features and from the
     pixels, on scenes of no other use: {"encoder/colour": share that is right, ...}"""
     generator = torch.Generator().manual_seed(2**41)
-    scenes, middle = make_scenes(600, generator), torch.arange(CELLS) * PATCH + PATCH // 2
-    pixels, covers = render(scenes, generator), scenes["there"][:, :, None]
-    for name, at in (("y", middle.repeat_interleave(CELLS)), ("x", middle.repeat(CELLS))):
-        low = scenes[name][:, :, None]
-        covers = covers & (at >= low) & (at < low + scenes["side"][:, :, None])  # (n, 5, N)
-    which, seen = covers.int().argmax(1), covers.any(1)  # (n, N)
+    scenes = make_scenes(600, generator)
+    pixels, which = render(scenes, generator), covering(scenes)
+    seen, which = which < MOST, which.clamp(max=MOST - 1)  # (n, N)
     shape = scenes["shape"].gather(1, which)
     card, labels = shape >= len(SHAPES), dict(shape=shape, digit=shape - len(SHAPES))
     labels["colour"] = scenes["colour"].gather(1, which)
@@ -769,7 +784,7 @@ def statistics(found):
 
 
 # ---------------------------------------------------------------- 6. Training
-STREAM = "out", "kept", "attention", "enter"  # of an image: see Vision.streams
+STREAM = "out", "kept", "attention", "enter", "objects"  # of an image: see Vision.streams and covering
 SCENE = "colour", "shape", "side", "there", "x", "y", "ink"
 
 
@@ -792,7 +807,7 @@ def qa_part(asked, answers, m, span):
 
 
 def caption_part(ids, m):
-    """Captions (B, 12), each word to predict from those before; nothing behind <eos>."""
+    """Captions (B, 22), each word to predict from those before; nothing behind <eos>."""
     label = ids[:, 1:].masked_fill(ids[:, 1:] == WORD["<pad>"], -100)
     return text_part(ids[:, :-1], label, m, m)
 
@@ -820,8 +835,7 @@ class Captioner(nn.Module):
 
 def cloze_part(scenes, pixels):
     """From either word of an object the other one, and from its colour the halves of the image that it is in."""
-    colour, kind = WORD["red"] + scenes["colour"], WORD["circle"] + scenes["shape"]  # (n, 5)
-    x, y = (WORD[low] + (scenes[k] + scenes["side"] / 2 > CANVAS / 2) for k, low in (("x", "left"), ("y", "upper")))
+    colour, kind, x, y = told(scenes).unbind(2)  # (n, 5)
     about = torch.tensor([WORD[word] for word in ("thing", "thing", "across", "down")]).repeat_interleave(MOST)
     label = torch.cat([kind, colour, x, y], 1).masked_fill(~scenes["there"].repeat(1, 4), -100)  # (n, 20)
     ids = torch.cat([colour, kind, colour, colour], 1)
@@ -829,7 +843,7 @@ def cloze_part(scenes, pixels):
 
 
 def story_part(ids, asked, answers):
-    """Captions (B, 12) and behind them questions about what they say: text alone."""
+    """Captions (B, 22) and behind them questions about what they say: text alone."""
     caption, part = caption_part(ids, 0), qa_part(asked, answers, 0, ids.shape[1] - 1)
     both = {k: torch.cat([caption[k], part[k]], 1) for k in ("ids", "label", "position")}
     return both | dict(group=F.pad(part["group"], (caption["ids"].shape[1], 0)))
@@ -845,11 +859,9 @@ def make_batch(cfg, job, net, data, step):
     at = torch.randint(len(data["x"]), (cfg.batch_size,), generator=generator)
     scenes = {k: data[k][at] for k in SCENE}
     if stage == 1:
-        asked, answers = questions(scenes, generator)
-        answers[:, CATEGORIES.index("place")] = -100  # captions do not say it: the model would learn to guess
-        part = story_part(captions(scenes), asked, answers)
+        part = story_part(captions(scenes), *questions(scenes, generator))
         if step % 4:  # the words of a caption can hardly be predicted: most batches are about the answers
-            part["label"][:, : 1 + 2 * MOST] = -100
+            part["label"][:, : 1 + 4 * MOST] = -100
         return part
     if stage == 3:
         part = caption_part(captions(scenes), net.m)
@@ -874,16 +886,14 @@ def loss_sum(run, net, part):
 def train(cfg, run, job, net, batch, steps, lr, state):
     """Train what of net has requires_grad on batch(0), batch(1), ...; state: what load_state gave, {} for a new run."""
     fit, step = {name: p for name, p in net.named_parameters() if p.requires_grad}, 0
-    groups = [dict(params=[p for p in fit.values() if (p.ndim > 1) == big], weight_decay=cfg.weight_decay * big)
-              for big in (True, False)]
-    optimizer = torch.optim.AdamW(groups, lr, (0.9, 0.95), fused=True)
+    wrapped = DistributedDataParallel(net.train()) if run.world > 1 else net.train()
+    # param_groups and accumulate shall see what is learned
+    view = SimpleNamespace(parameters=fit.values, no_sync=getattr(wrapped, "no_sync", None))
+    optimizer = torch.optim.AdamW(param_groups(view, cfg.weight_decay), lr, (0.9, 0.95), fused=True)
     if state.get("job") == job:
         step = state["step"]
         net.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-    wrapped = DistributedDataParallel(net.train()) if run.world > 1 else net.train()
-    # what accumulate needs: parameters that are learned
-    view = SimpleNamespace(parameters=fit.values, no_sync=getattr(wrapped, "no_sync", None))
     log, began, first = Log(run, job, steps, step), time.perf_counter(), step
     while step < steps:
         for group in optimizer.param_groups:
@@ -1142,8 +1152,9 @@ def keep(vision, scenes, generator, names):
     """Render scenes and keep what reducers need of the encoder's streams beside them, in half precision."""
     parts = []
     for at in torch.arange(len(scenes["x"])).split(200):
-        pixels = render({k: x[at] for k, x in scenes.items()}, generator)
-        streams = vision.streams(pixels.to(vision.class_embedding.device))
+        part = {k: x[at] for k, x in scenes.items()}
+        streams = vision.streams(render(part, generator).to(vision.class_embedding.device))
+        streams["objects"] = covering(part)
         parts.append({k: streams[k].half().cpu() for k in names})
     return scenes | {k: torch.cat([part.pop(k) for part in parts]) for k in names}
 
@@ -1288,7 +1299,7 @@ def train_all(cfg, run, state, data, test):
     captioner = Captioner(vision).to(run.device)
     job(cfg, run, state, "encoder", captioner, batches("encoder", None), cfg.encoder_steps, cfg.encoder_lr)
     vision.requires_grad_(False)
-    names = ["out", "kept", "attention"] + ["enter"] * ("vistog-joint" in cfg.arms)
+    names = ["out", "kept", "attention", "objects"] + ["enter"] * ("vistog-joint" in cfg.arms)
     for scenes, seed in ((data, cfg.seed), (test, 2**40)):
         scenes |= keep(vision, {k: scenes[k] for k in SCENE}, torch.Generator().manual_seed(seed), names)
     blind = Network(cfg, "blind", vision, lm).to(run.device)

@@ -274,6 +274,17 @@ def test_vistog_is_its_parts():
         assert (net(stream) - r(stream)).abs().max() > 1e-4 or variant == "hard"
 
 
+def test_oracle_groups_are_the_objects():
+    """vistog-oracle: a group for each object and one for the rest, in training and evaluation; scores learn nothing."""
+    cfg, vision, net = parts("vistog-oracle")
+    part = batch_of(net, cfg, vision, "vistog-oracle")
+    net(part).logsumexp(1).sum().backward()
+    assert torch.equal(net.reduce.index, part["objects"].long()) and net.reduce.index.max() == m.MOST
+    assert not net.reduce.q.weight.grad.any() and net.reduce.v.weight.grad.any()
+    net({k: x for k, x in part.items() if k != "noise"})
+    assert torch.equal(net.reduce.index, part["objects"].long())
+
+
 @torch.no_grad()
 def test_permutations():
     """T3: patches (positions already added) in another order leave VIS unchanged, slots in another order permute it."""
@@ -438,7 +449,7 @@ def test_story_is_read_by_its_questions():
     cfg, vision, net = parts("blind")
     test = held_out(vision, 2)
     part = m.story_part(m.captions(test), test["asked"], torch.zeros_like(test["answers"]))
-    assert part["position"][0].tolist() == [*range(11), *([11, 12, 13] * 7)]
+    assert part["position"][0].tolist() == [*range(21), *([21, 22, 23] * 7)]
     before, changed = net(part), part["ids"].clone()
     changed[:, 1] = m.WORD["pink"]
     seen = (net(part | dict(ids=changed)) - before).abs().amax(1)
@@ -510,10 +521,13 @@ def test_counted_flops_are_the_closed_form(arm):
 
 
 # ---------------------------------------------------------------- the world
+HALVES = dict(x=("left", "right"), y=("upper", "lower"))
+
+
 def facts(made, i):
     """Objects of scene i: dicts of words and middles."""
     kinds = [*m.SHAPES, *map(str, range(10))]
-    return [dict(colour=[*m.COLOURS][made["colour"][i, o]], shape=kinds[made["shape"][i, o]],
+    return [dict(colour=[*m.COLOURS][made["colour"][i, o]], shape=kinds[made["shape"][i, o]], left=int(made["x"][i, o]),
                  x=float(made["x"][i, o] + made["side"][i, o] / 2), y=float(made["y"][i, o] + made["side"][i, o] / 2))
             for o in range(m.MOST) if made["there"][i, o]]
 
@@ -533,7 +547,7 @@ def reply(question, objects):
     (one,) = named
     beyond = one["x" if kind == "across" else "y"] - 22.5
     assert abs(beyond) > 2
-    return dict(across=("left", "right"), down=("upper", "lower"))[kind][beyond > 0]
+    return HALVES["x" if kind == "across" else "y"][beyond > 0]
 
 
 def test_answers_by_their_meaning():
@@ -599,17 +613,27 @@ def test_render_shows_the_objects():
     assert (mask[:, 0, 8:] == 0).all() and mask[6, 1].all()
 
 
+def test_objects_cover_the_middles_of_patches():
+    """Patch by patch, from the boxes; an object of 8 pixels covers at least one."""
+    made, _ = scenes(30)
+    which = m.covering(made)
+    for i, o, row, column in itertools.product(range(30), range(m.MOST), range(9), range(9)):
+        y, x, side = (int(made[k][i, o]) for k in ("y", "x", "side"))
+        inside = made["there"][i, o] and y <= 5 * row + 2 < y + side and x <= 5 * column + 2 < x + side
+        assert (which[i, 9 * row + column] == o) == bool(inside)
+    assert all((which == o).any(1)[made["there"][:, o]].all() for o in range(m.MOST)) and which.max() == m.MOST
+
+
 def test_captions_read_from_left_to_right():
     made, _ = scenes(50)
     for i, ids in enumerate(m.captions(made).tolist()):
         objects, text = facts(made, i), [m.VOCAB[w] for w in ids]
-        assert text[0] == "<bos>" and text[1 + 2 * len(objects)] == "<eos>"
-        assert set(text[2 + 2 * len(objects) :]) <= {"<pad>"}
-        lefts = sorted((int(made["x"][i, o]), o) for o in range(m.MOST) if made["there"][i, o])
-        if len({x for x, _ in lefts}) == len(lefts):
-            kinds = [*m.SHAPES, *map(str, range(10))]
-            wanted = [w for _, o in lefts for w in ([*m.COLOURS][made["colour"][i, o]], kinds[made["shape"][i, o]])]
-            assert text[1 : 1 + 2 * len(objects)] == wanted
+        assert text[0] == "<bos>" and text[1 + 4 * len(objects)] == "<eos>"
+        assert set(text[2 + 4 * len(objects) :]) <= {"<pad>"}
+        if len({o["left"] for o in objects}) == len(objects):
+            wanted = [w for o in sorted(objects, key=lambda o: o["left"]) for w in
+                      (o["colour"], o["shape"], *(b[o[a] > 22.5] for a, b in HALVES.items()))]
+            assert text[1 : 1 + 4 * len(objects)] == wanted
 
 
 def test_cloze_by_its_meaning():
@@ -622,8 +646,7 @@ def test_cloze_by_its_meaning():
         wanted = []
         for o in facts(made, i):
             wanted += [(o["colour"], "thing", o["shape"]), (o["shape"], "thing", o["colour"]),
-                       (o["colour"], "across", ("left", "right")[o["x"] > 22.5]),
-                       (o["colour"], "down", ("upper", "lower")[o["y"] > 22.5])]
+                       *((o["colour"], w, HALVES[k][o[k] > 22.5]) for k, w in dict(x="across", y="down").items())]
         assert sorted(told) == sorted(wanted)
 
 
@@ -771,10 +794,9 @@ def test_every_arm_sees_the_same_batches():
     again = m.make_batch(m.Config(**{**TINY, "batch_size": 8, "seed": 1}), "vistog", net, data, 3)
     assert not torch.equal(a["ids"], again["ids"])
     text = [m.make_batch(cfg, "lm", m.Network(cfg, "blind", vision, net.lm), data, step)["label"] for step in (4, 5)]
-    assert (text[0][:, :11] >= 0).any() and (text[1][:, :11] < 0).all()
-    assert all((label[:, 11 + 3 * 4 + 2] < 0).all() and (label[:, 13::3] >= 0).any() for label in text)  # no places
+    assert (text[0][:, :21] >= 0).any() and (text[1][:, :21] < 0).all() and (text[1][:, 23::3] >= 0).any()
     align = m.make_batch(cfg, "vistog align", net, data, 3)
-    assert align["ids"].shape == (8, 9 + 11) and "group" not in align
+    assert align["ids"].shape == (8, 9 + 21) and "group" not in align
 
 
 TWO_RANKS = """
