@@ -388,13 +388,13 @@ def test_questions_do_not_see_each_other():
     cfg, vision, net = parts(batch_size=4)
     test = held_out(vision, 3)
     part = m.qa_part(test["asked"], test["answers"].clamp(min=0), 9, 9) | {k: test[k].float() for k in m.STREAM}
-    logits = net(part).view(3, 7, -1)
-    for s in range(7):
+    logits = net(part).view(3, 6, -1)
+    for s in range(6):
         alone = m.qa_part(test["asked"][:, s : s + 1], test["answers"][:, s : s + 1].clamp(min=0), 9, 9)
         assert torch.allclose(net(alone | {k: test[k].float() for k in m.STREAM}), logits[:, s], atol=1e-4)
     no_groups = {k: x for k, x in part.items() if k != "group"}
-    assert (net(no_groups).view(3, 7, -1)[:, 1:] - logits[:, 1:]).abs().max() > 1e-3
-    assert (net(no_groups).view(3, 7, -1)[:, 0] - logits[:, 0]).abs().max() < 1e-4
+    assert (net(no_groups).view(3, 6, -1)[:, 1:] - logits[:, 1:]).abs().max() > 1e-3
+    assert (net(no_groups).view(3, 6, -1)[:, 0] - logits[:, 0]).abs().max() < 1e-4
 
 
 def test_free_reducers_with_all_tokens_are_full():
@@ -449,11 +449,11 @@ def test_story_is_read_by_its_questions():
     cfg, vision, net = parts("blind")
     test = held_out(vision, 2)
     part = m.story_part(m.captions(test), test["asked"], torch.zeros_like(test["answers"]))
-    assert part["position"][0].tolist() == [*range(21), *([21, 22, 23] * 7)]
+    assert part["position"][0].tolist() == [*range(11), *([11, 12, 13] * 6)]
     before, changed = net(part), part["ids"].clone()
     changed[:, 1] = m.WORD["pink"]
     seen = (net(part | dict(ids=changed)) - before).abs().amax(1)
-    assert (seen > 1e-6).sum() >= 14
+    assert (seen > 1e-6).sum() >= 12
 
 
 @torch.no_grad()
@@ -521,14 +521,10 @@ def test_counted_flops_are_the_closed_form(arm):
 
 
 # ---------------------------------------------------------------- the world
-HALVES = dict(x=("left", "right"), y=("upper", "lower"))
-
-
 def facts(made, i):
-    """Objects of scene i: dicts of words and middles."""
+    """Objects of scene i: dicts of words and left edge."""
     kinds = [*m.SHAPES, *map(str, range(10))]
-    return [dict(colour=[*m.COLOURS][made["colour"][i, o]], shape=kinds[made["shape"][i, o]], left=int(made["x"][i, o]),
-                 x=float(made["x"][i, o] + made["side"][i, o] / 2), y=float(made["y"][i, o] + made["side"][i, o] / 2))
+    return [dict(colour=[*m.COLOURS][made["colour"][i, o]], shape=kinds[made["shape"][i, o]], left=int(made["x"][i, o]))
             for o in range(m.MOST) if made["there"][i, o]]
 
 
@@ -538,16 +534,11 @@ def reply(question, objects):
     named = [o for o in objects if b in (o["colour"], o["shape"])]
     if kind == "exists":
         return "yes" if any(o["colour"] == a and o["shape"] == b for o in objects) else "no"
-    assert a == ("half" if kind in ("across", "down") else "thing")
+    assert a == "thing"
     if kind == "count":
         return str(len(named))
-    if kind in ("colour", "shape", "digit"):
-        assert len(named) == 1 and (kind == "digit") == named[0]["shape"].isdigit()
-        return named[0]["colour" if kind == "colour" else "shape"]
-    (one,) = named
-    beyond = one["x" if kind == "across" else "y"] - 22.5
-    assert abs(beyond) > 2
-    return HALVES["x" if kind == "across" else "y"][beyond > 0]
+    assert len(named) == 1 and (kind == "digit") == named[0]["shape"].isdigit()
+    return named[0]["colour" if kind == "colour" else "shape"]
 
 
 def test_answers_by_their_meaning():
@@ -563,8 +554,8 @@ def test_answers_by_their_meaning():
                 continue
             objects = facts(made, i)
             assert m.VOCAB[answer] == reply(question, objects), question
-            if s in (0, 1, 6):
-                assert (tuple(question[1:3]) in held) == (s == 6)
+            if s in (0, 1, 5):
+                assert (tuple(question[1:3]) in held) == (s == 5)
             if s == 1 and m.VOCAB[answer] == "no":
                 assert question[1] in {o["colour"] for o in objects} and question[2] in {o["shape"] for o in objects}
     for s, name in enumerate(m.CATEGORIES):
@@ -573,8 +564,8 @@ def test_answers_by_their_meaning():
         if name in ("exist", "adversarial", "unseen"):
             assert abs((valid == m.WORD["yes"]).double().mean() - 0.5) < 3.3 * 0.5 / len(valid) ** 0.5, name
         most = valid.bincount().max() / len(valid)
-        assert most < dict(count=0.36, attribute=0.16, digit=0.24, place=0.36).get(name, 0.7), name
-    assert m.questions(made, g)[0].shape == (400, 6, 3)
+        assert most < dict(count=0.36, attribute=0.16, digit=0.24).get(name, 0.7), name
+    assert m.questions(made, g)[0].shape == (400, 5, 3)
 
 
 def test_scenes():
@@ -628,25 +619,20 @@ def test_captions_read_from_left_to_right():
     made, _ = scenes(50)
     for i, ids in enumerate(m.captions(made).tolist()):
         objects, text = facts(made, i), [m.VOCAB[w] for w in ids]
-        assert text[0] == "<bos>" and text[1 + 4 * len(objects)] == "<eos>"
-        assert set(text[2 + 4 * len(objects) :]) <= {"<pad>"}
+        assert text[0] == "<bos>" and text[1 + 2 * len(objects)] == "<eos>"
+        assert set(text[2 + 2 * len(objects) :]) <= {"<pad>"}
         if len({o["left"] for o in objects}) == len(objects):
-            wanted = [w for o in sorted(objects, key=lambda o: o["left"]) for w in
-                      (o["colour"], o["shape"], *(b[o[a] > 22.5] for a, b in HALVES.items()))]
-            assert text[1 : 1 + 4 * len(objects)] == wanted
+            wanted = [w for o in sorted(objects, key=lambda o: o["left"]) for w in (o["colour"], o["shape"])]
+            assert text[1 : 1 + 2 * len(objects)] == wanted
 
 
 def test_cloze_by_its_meaning():
-    """Every labelled word: the other word of the object, or the half of the image that the object of this colour is
-    in; each object gives four, a missing one none."""
+    """Every labelled word: the other word of the object; each object gives two, a missing one none."""
     made, _ = scenes(40, plain=True)
     part = m.cloze_part(made, None)
-    for i, row in enumerate(zip(*(part[k].tolist() for k in ("ids", "about", "label")))):
-        told = [tuple(m.VOCAB[w] for w in triple) for triple in zip(*row) if triple[2] >= 0]
-        wanted = []
-        for o in facts(made, i):
-            wanted += [(o["colour"], "thing", o["shape"]), (o["shape"], "thing", o["colour"]),
-                       *((o["colour"], w, HALVES[k][o[k] > 22.5]) for k, w in dict(x="across", y="down").items())]
+    for i, row in enumerate(zip(part["ids"].tolist(), part["label"].tolist())):
+        told = [tuple(m.VOCAB[w] for w in pair) for pair in zip(*row) if pair[1] >= 0]
+        wanted = [pair for o in facts(made, i) for pair in ((o["colour"], o["shape"]), (o["shape"], o["colour"]))]
         assert sorted(told) == sorted(wanted)
 
 
@@ -678,8 +664,8 @@ def test_verdict_has_three_outcomes():
 def right(share, n=400, seed=0):
     """Answers of n scenes with these shares of right ones, a fifth not asked."""
     g = np.random.default_rng(seed)
-    x = (g.random((n, 7)) < share).astype(float)
-    x[g.random((n, 7)) < 0.2] = np.nan
+    x = (g.random((n, 6)) < share).astype(float)
+    x[g.random((n, 6)) < 0.2] = np.nan
     return x
 
 
@@ -688,7 +674,7 @@ def test_statistics_by_hand():
     table = dict(blind=right(0.3), full=right(0.9, seed=1), vistog=right(0.8, seed=2))
     table |= {"free uniform": right(0.5, seed=3), "free tome": right(0.6, seed=4)}
     found = m.resampled(table, dict(vistog=dict(perplexity=np.full(400, 4.0))), draws=200)
-    by_hand = {arm: np.array([np.nanmean(x[:, s]) for s in range(6)]) for arm, x in table.items()}
+    by_hand = {arm: np.array([np.nanmean(x[:, s]) for s in range(5)]) for arm, x in table.items()}
     mean = {arm: x.mean() for arm, x in by_hand.items()}
     assert found["vistog/mean"][0] == pytest.approx(mean["vistog"])
     assert found["vistog/retained"][0] == pytest.approx((by_hand["vistog"] / by_hand["full"]).mean())
@@ -696,8 +682,8 @@ def test_statistics_by_hand():
     assert found["vistog/adjusted"][0] == pytest.approx(wanted)
     assert found["best free/mean"][0] == pytest.approx(max(mean["free uniform"], mean["free tome"]))
     lost = by_hand["full"] - by_hand["vistog"]
-    assert found["vistog/lost digit"][0] == pytest.approx(lost[5])
-    assert found["vistog/lost others"][0] == pytest.approx(lost[:5].mean())
+    assert found["vistog/lost digit"][0] == pytest.approx(lost[4])
+    assert found["vistog/lost others"][0] == pytest.approx(lost[:4].mean())
     assert found["full/unseen"].shape == (201,) and found["vistog/perplexity"] == pytest.approx(np.full(201, 4.0))
     statistics = m.statistics(found)
     assert statistics["groups-are-used"] == (4.0, (4.0, 4.0)) and "beats-qformer" not in statistics
@@ -736,7 +722,7 @@ def halves(n, seed):
     colour, side = torch.randint(2, (n, 2), generator=g), torch.randint(2, (n, 1), generator=g)
     paint = torch.tensor([*m.COLOURS.values()])[colour].mT  # (n, 3, 2)
     pixels = paint.repeat_interleave(23, 2)[:, :, None, :45].expand(-1, -1, 45, -1)
-    asked = m.WORD["left"] + side[:, None]  # (n, 1, 1)
+    asked = m.WORD["0"] + side[:, None]  # (n, 1, 1), names of the halves
     return pixels + 0.1 * torch.randn(pixels.shape, generator=g), asked, m.WORD["red"] + colour.gather(1, side)
 
 
@@ -794,9 +780,9 @@ def test_every_arm_sees_the_same_batches():
     again = m.make_batch(m.Config(**{**TINY, "batch_size": 8, "seed": 1}), "vistog", net, data, 3)
     assert not torch.equal(a["ids"], again["ids"])
     text = [m.make_batch(cfg, "lm", m.Network(cfg, "blind", vision, net.lm), data, step)["label"] for step in (4, 5)]
-    assert (text[0][:, :21] >= 0).any() and (text[1][:, :21] < 0).all() and (text[1][:, 23::3] >= 0).any()
+    assert (text[0][:, :11] >= 0).any() and (text[1][:, :11] < 0).all() and (text[1][:, 13::3] >= 0).any()
     align = m.make_batch(cfg, "vistog align", net, data, 3)
-    assert align["ids"].shape == (8, 9 + 21) and "group" not in align
+    assert align["ids"].shape == (8, 9 + 11) and "group" not in align
 
 
 TWO_RANKS = """
@@ -890,7 +876,8 @@ def test_directories_of_another_run(rejects, smoke, tmp_path):
 BAD = {"--colour red": "--colour -h", "--ste 5": "--ste", "--task real": "real scenes", "--scale huge": "huge smoke",
        "--steps x": "--steps", "--arms full,": "--arms", "--arms full,full": "--arms", "--arms x": "--arms vistog",
        "--seed -1": "--seed 0", "--steps 0": "--steps 1", "--n-sem 8": "--n-sem 9", "--n-sem 100": "--n-sem 81",
-       "--tau 0": "--tau", "--lr nan": "--lr", "--n-head 3": "--n-head", "--held-out train": "dev test",
+       "--tau 0": "--tau", "--n-sem 4 --arms vistog-oracle": "--n-sem 9", "--lr nan": "--lr",
+       "--n-head 3": "--n-head", "--held-out train": "dev test",
        "--scale paper": "--scale --dry-run", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
        "--eps inf": "--eps", "--digits": "--digits"}
 
