@@ -704,9 +704,11 @@ def test_gate_decides_nothing():
 
 
 def test_usage_of_groups():
-    groups = torch.tensor([[0, 0, 0, 0], [0, 1, 2, 3], [1, 1, 2, 2]])
-    perplexity, empty = m.usage(groups, 4)
-    assert perplexity.tolist() == pytest.approx([1, 4, 2]) and empty.tolist() == [3, 0, 2]
+    """Background counts for a group that is used, not for the perplexity; without an object that is 1."""
+    groups = torch.tensor([[0, 0, 0, 0, 2], [0, 1, 2, 3, 3], [1, 1, 2, 2, 0], [0, 1, 2, 3, 0]])
+    objects = [0, 1, 2, 3, 5]
+    perplexity, empty = m.usage(groups, 4, torch.tensor([objects, objects, objects, [5] * 5]))
+    assert perplexity.tolist() == pytest.approx([1, 4, 2, 1]) and empty.tolist() == [2, 0, 1, 0]
 
 
 def test_linear_probe():
