@@ -540,12 +540,9 @@ class VisToG(nn.Module):
         noise = None if self.variant == "hard" else noise
         if self.variant == "oracle":  # so large that it decides, and scores get no gradient
             noise = 1e4 * F.one_hot(stream["objects"].long(), s.shape[1]).mT.float()  # (B, M, N)
-        if self.kernels and self.variant != "soft":
-            g, self.index, *_ = load_kernel("hard_assign")(self.q(s), self.k(p), self.v(p), self.tau, self.eps,
-                                                           noise=noise)
-        else:
-            g, self.index = hard_assign(self.q(s), self.k(p), self.v(p), self.tau, self.eps, noise,
-                                        self.variant == "soft")
+        soft = self.variant == "soft"
+        assign = load_kernel("hard_assign") if self.kernels and not soft else functools.partial(hard_assign, soft=soft)
+        g, self.index, *_ = assign(self.q(s), self.k(p), self.v(p), self.tau, self.eps, noise=noise)
         vis = s + self.out(g)
         return vis + self.mlp(self.norm(vis))
 
