@@ -740,7 +740,7 @@ def trained(tmp_path, arm, steps=120):
     def batch(step):
         pixels, asked, answers = halves(cfg.batch_size, step)
         part = m.qa_part(asked, answers, net.m, net.m)
-        part |= {k: x for k, x in vision.streams(pixels).items() if net.m}
+        part |= vision.streams(pixels) if net.m else {}
         noise = m.gumbel_noise((cfg.batch_size, net.m, 81), generator(step))
         return part | (dict(noise=noise) if net.kind == "vistog" else {})
 
