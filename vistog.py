@@ -108,10 +108,10 @@ class Config:
     tau: float = 1.0  # temperature of the softmax over the groups (GroupViT: 1)
     eps: float = 1.0  # added to the size of a group (GroupViT: 1)
     # training
-    encoder_steps: int = 1900  # of the encoder, on captions; then it is frozen
+    encoder_steps: int = 2000  # of the encoder, on captions; then it is frozen
     lm_steps: int = 1600  # of the language model, on captions and questions without images
     align_steps: int = 100  # stage 1: reducer and projector, captions, language model frozen (paper: one epoch)
-    steps: int = 1100  # stage 2: all but the encoder, questions (paper: one epoch)
+    steps: int = 1300  # stage 2: all but the encoder, questions (paper: one epoch)
     batch_size: int = 16  # scenes in one optimizer step, over all devices (paper: 256, then 128)
     micro_batch: int = 0  # scenes per forward pass; 0 = no split; saves memory, same gradient
     encoder_lr: float = 3e-3  # peak learning rate of the encoder and of the language model before stage 1
@@ -553,7 +553,7 @@ class QFormer(nn.Module):
     def __init__(self, vision, cfg):
         super().__init__()
         d, heads = vision.shape["hidden_size"], vision.shape["num_attention_heads"]
-        self.queries = nn.Parameter(torch.randn(cfg.n_sem, d) * 0.02)
+        self.queries = nn.Parameter(torch.randn(cfg.n_sem, d))
         self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(d, heads, 4 * d, 0.0, F.gelu, batch_first=True,
                                                                norm_first=True) for _ in range(2))
 
