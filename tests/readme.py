@@ -115,7 +115,8 @@ def hash_now(script, argv):
 
 def commands(records):
     """The commands of the records, each once, the seed as a letter, without their directories and --resume."""
-    lines = [re.sub(r" --out[ =]\S+| --resume", "", shlex.join(["python", f"{r['script']}.py", *r["argv"]])) for r in records]
+    lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
+    lines = [re.sub(r" --out[ =]\S+| --resume", "", line) for line in lines]
     return list(dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines))
 
 
