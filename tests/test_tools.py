@@ -2,6 +2,7 @@
 # Copyright (c) 2026 the authors
 """The test tools themselves: conftest.py, blocks.py, readme.py and mutate.py, on small invented scripts."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import mutate
 import peers
 import pytest
 import readme
+import torch
 
 # Ten steps of a sum, saved after each one. FORGET makes --resume lose the sum, as a broken checkpoint would.
 COUNTER = '''
@@ -162,6 +164,14 @@ def cli(cls, scales, argv):
     if "--bad" in argv:
         raise SystemExit(2)
     return "h1"
+def main(argv):
+    import os, pathlib, sys
+    pathlib.Path("made").write_text("")
+    print(f"{1000:,} parameters of {argv[0]}", "no number here", "3 s a step, measured", sep=chr(10))
+    print(f"{len(os.listdir())} file")
+    if "--fails" in argv:
+        print("error: --fails: not here", file=sys.stderr)
+        raise SystemExit(2)
 '''
 REGION = "Text\n<!-- results: toy-t-small-main columns: nll, acc x -->\nformer\n<!-- end results -->\nEnd\n"
 
@@ -265,6 +275,50 @@ def test_readme_summary(repository, capsys):
     for wrong in (spec.replace("c1", "c9"), spec.replace("a/nll", "a/speed"), spec.replace(" | b/nll", "")):
         (repository / "README.md").write_text(REGION + wrong)
         assert readme.main(["--write"], repository) == 1 and "summary: toy-t-small-main" in capsys.readouterr().out
+
+
+def test_readme_lists_the_claims_that_fail(repository):
+    """Over seeds 1, 2, 3 the interval is [-0.48, 4.48]: above -1, around 0, below 5; the script in front."""
+    kinds = dict(above=-1.0, around=0.0, below=5.0)
+    for seed in range(3):
+        some = [{"id": name, "statistic": 1.0 + seed, "ci": [0.0, 9.0], "threshold": t} for name, t in kinds.items()]
+        edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=some)
+    code = SCRIPT.replace('else "INC', 'else "DOES NOT HOLD" if ci[1] < threshold else "INC')
+    (repository / "toy.py").write_text(code)
+    (repository / "README.md").write_text(REGION + "<!-- failed claims -->\nformer\n<!-- end failed claims -->\n")
+    assert readme.main([], repository) == 1
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    found = (repository / "README.md").read_text().split("<!-- failed claims -->")[1]
+    assert found == ("\n\n- [toy.py](toy.py), t-small-main, below: 2, 95 % interval over seeds [-0.4843, 4.484], "
+                     "threshold 5: DOES NOT HOLD\n\n<!-- end failed claims -->\n")
+
+
+def test_readme_dry_run(repository, capsys):
+    """Lines with a number, in an empty directory; not what the machine measured. No --dry-run or an error: a mistake."""
+    region = "<!-- dry-run: python toy.py --x --dry-run -->\nformer\n<!-- end dry-run -->\n"
+    (repository / "README.md").write_text(REGION + region)
+    assert readme.main([], repository) == 1
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "--dry-run -->\n\n```\n1,000 parameters of --x\n1 file\n```\n\n<!-- end dry-run -->\n" in text
+    assert not (repository / "made").exists() and not Path("made").exists()
+    for flags, words in (("--x", "the command has no --dry-run"), ("--fails --dry-run", "error: --fails: not here")):
+        (repository / "README.md").write_text(REGION + region.replace("--x --dry-run", flags))
+        assert readme.main(["--write"], repository) == 1 and words in capsys.readouterr().out
+        assert "former" in (repository / "README.md").read_text()
+
+
+def test_readme_dry_runs_do_not_depend_on_the_machine(monkeypatch):
+    """Each command of README's dry runs prints the same with one core and thread as with eight."""
+    runs, texts = readme.DRY_RUN.findall((readme.ROOT / "README.md").read_text()), []
+    threads = torch.get_num_threads()
+    for n in (1, 8):
+        monkeypatch.setattr(os, "cpu_count", lambda n=n: n)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, n=n: set(range(n)), raising=False)
+        torch.set_num_threads(n)
+        texts.append([readme.dry_run(script, flags, readme.ROOT) for _, _, script, flags, _ in runs])
+    torch.set_num_threads(threads)
+    assert texts[0] == texts[1] and all(texts[0])
 
 
 def test_interval_uses_the_t_quantile_beyond_the_table():
