@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
 """The test tools themselves: conftest.py, blocks.py, readme.py and mutate.py, on small invented scripts."""
+import doctest
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -327,6 +329,36 @@ def test_interval_uses_the_t_quantile_beyond_the_table():
         values = [0.0, 1.0] * (n // 2)
         expected = t * (n / (4 * (n - 1))) ** 0.5 / n**0.5
         assert readme.half_width(values) == pytest.approx(expected, rel=2e-3)
+
+
+# ---------------------------------------------------------------- README's exercises
+def exercises():
+    """Script -> its part of the reading path."""
+    text = (readme.ROOT / "README.md").read_text().split("\n## A reading path\n")[1].split("\n## ")[0]
+    parts = re.split(r"^### \[(\w+)\.py\].*$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_readme_has_exercises_for_each_script():
+    scripts = {path.stem for path in readme.ROOT.glob("*.py")}
+    assert exercises().keys() <= scripts and scripts - exercises().keys() <= {"vistog", "toolflow"}  # these are new
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_readme_exercises(name, one_thread):
+    """Three questions, each with an answer of up to four lines of Python that is right when it is pasted alone."""
+    answers = re.findall(r"<summary>answer</summary>\n\n```python\n(>>> .*?\n)```\n", exercises()[name], re.S)
+    assert len(answers) == exercises()[name].count("```python") == 3
+    for answer in answers:
+        test, said = doctest.DocTestParser().get_doctest(answer, {}, name, "README.md", 0), []
+        assert test.examples[-1].want and len(re.findall("^>>> ", answer, re.M)) <= 4
+        assert doctest.DocTestRunner().run(test, out=said.append).failed == 0, "".join(said)
+
+
+def test_readme_as_a_doctest(one_thread):
+    """What `python -m doctest README.md` does."""
+    found = doctest.testfile(str(readme.ROOT / "README.md"), module_relative=False)
+    assert found.failed == 0 and found.attempted >= 6 * len(exercises())
 
 
 # ---------------------------------------------------------------- mutate.py
