@@ -31,7 +31,7 @@ REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: 
 SUMMARY = re.compile(r"(<!-- summary\n(.*?)-->\n).*?(<!-- end summary -->)", re.S)
 FAILED = re.compile(r"(<!-- failed claims -->\n).*?(<!-- end failed claims -->)", re.S)
 DRY_RUN = re.compile(r"(<!-- dry-run: (python (\w+\.py) ([^\n]*)) -->\n).*?(<!-- end dry-run -->)", re.S)
-COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b([^\n`#|&;<>()]*)")
+COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b((?:[^\n`#|&;<>()]|(?<=\S)#)*)")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile, 1 to 9 degrees
 
 
@@ -120,17 +120,18 @@ def failed(keys, root):
     lines = []
     for key in keys:
         records, script = read(key, root)
-        name = records[0]["script"]
-        lines += [f"- [{name}.py]({name}.py), {key.partition('-')[2]}, {line}"
+        name, old = records[0]["script"], "**STALE** " if stale(records, script) else ""
+        lines += [f"- {old}[{name}.py]({name}.py), {key.partition('-')[2]}, {line}"
                   for _, outcome, line in outcomes(records, script.verdict) if outcome == "DOES NOT HOLD"]
     return "".join(lines) or "None.\n"
 
 
-def hash_now(script, argv):
+@functools.cache
+def hash_now(script, *argv):
     """The method hash that a run with these flags would have; "" where the script no longer takes them."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return script.method_hash(script.cli(script.Config, script.SCALES, argv))
+            return script.method_hash(script.cli(script.Config, script.SCALES, list(argv)))
     except SystemExit:
         return ""
 
@@ -143,7 +144,7 @@ def commands(records):
 
 def stale(records, script):
     """Have the settings or sections 2 to 6 changed since one of the records was made?"""
-    return any(r["method_hash"] != hash_now(script, r["argv"]) for r in records)
+    return any(r["method_hash"] != hash_now(script, *r["argv"]) for r in records)
 
 
 def source(records, script):
