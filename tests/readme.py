@@ -15,6 +15,7 @@ Run it with Python 3.11: the hash of a syntax tree differs between Python versio
 import contextlib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: (.*?))? -->\n).*?"
@@ -256,7 +258,7 @@ def generate(text, root):
 
 def refused(text, root):
     """One line for each command in README that its script's own parser does not take."""
-    for name, rest in COMMAND.findall(text.replace("\\\n", " ").replace(" -->", "\n")):
+    for name, rest in dict.fromkeys(COMMAND.findall(text.replace("\\\n", " ").replace(" -->", "\n"))):
         argv, said = ["0" if word == "S" else word for word in shlex.split(rest)], io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -267,6 +269,7 @@ def refused(text, root):
                 yield f"README: python {name} {rest.strip()}: {said.getvalue().strip() or error}"
 
 
+@mock.patch.object(inspect, "getsource", functools.cache(inspect.getsource))  # of Config, for each command
 def main(argv, root=ROOT):
     """Fill README with --write, else compare; prints the mistakes and returns the exit status."""
     text = (root / "README.md").read_text()
