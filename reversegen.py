@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "safetensors", "tqdm", "matplotlib", "requests"]
+# dependencies = ["torch==2.13.0", "numpy", "safetensors", "tqdm", "matplotlib", "tiktoken", "requests"]
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -14,7 +14,7 @@ it is trained by DPO, again and again, until it writes what the target cannot do
                                             # 78 by filtering without training (9 targets)
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
   python reversegen.py --scale long         # rarer blind spots, more rounds, five targets; --resume goes on
-  python reversegen.py --target https://host/v1#MODEL --targets 1 --arms 4    # what a served model fails at, as JSONL
+  python reversegen.py --target DIR --targets 1 --arms 4    # what a chat model fails at, as JSONL; or https://h/v1#NAME
 
 Symbols (B rows, L tokens)
   paper          code              shape    meaning
@@ -30,13 +30,15 @@ why it was dropped, answers, failure); proposer0 to R .safetensors; data-ARM.jso
 Differences from the paper, of which the official code and summaries were at hand, not the text
   world       made questions with an exact judge and solver, in place of GSM8K, MMLU and of GPT-4o as judge and teacher:
               no stronger model's knowledge can be what helps. Blind spots are planted: a third of the kinds of
-              question is rare in the target's pre-training. Held-out questions are new in words; most of their sums
-              occur in training. Task safety is left out.
+              question is rare in the target's pre-training. Held-out questions are new in words, most of their
+              numbers are not: the programs of the split unseen alone are in no training data. A tiny target solves
+              these less well also where it is not blind, so claims are about the split test. No task safety.
   models      tiny ones from random weights, all weights trained by AdamW, in place of 3B to 8B with RMSprop and LoRA
-  target      also an endpoint, which is asked and not tuned. A checkpoint as proposer is left out.
+  target      also a chat model, a checkpoint or endpoint, that is asked and not tuned, then judge and teacher may be
+              chat models too. The proposer is always a tiny one, so its questions are of this world.
   judge       always on, before the target is asked: what does not parse is no failure, and counts in all rates
   pairs       of a round's valid proposals; `random` as in the official code, where prompt, failure and success have
-              nothing to do with each other. Samples of one prompt as pairs are left out.
+              nothing to do with each other.
   rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
               over ever more pairs it collapsed. With fewer pairs than half a batch there is none. The last questions
               come from the last round in which what it writes is valid and not all the same.
@@ -73,9 +75,10 @@ import subprocess
 import sys
 import time
 import timeit
+import unicodedata
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -84,10 +87,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import requests
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from requests.packages.urllib3.util.retry import Retry
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
@@ -103,28 +108,32 @@ class Config:
     seed: int = 0  # blind spots, models, proposals; not the held-out questions
     targets: int = 3  # targets, each with blind spots and a proposer of its own; intervals are over these
     split: str = "test"  # dev|test: the held-out questions; settings were chosen on dev and another seed
-    target: str = ""  # an endpoint https://host/v1#MODEL that is asked, and not tuned; "" = tiny models
+    target: str = ""  # a chat model that is asked, and not tuned: a folder, hub id or https://host/v1#MODEL; "" = tiny
+    judge: str = ""  # with --target, a chat model that says what is valid, in place of the parser
+    teacher: str = ""  # with --target, a chat model that solves what the target is asked, in place of the solver
+    seeds: str = ""  # JSONL with a "question" of this world in each line, in place of n_seeds drawn ones
+    say_max: int = 512  # most tokens that a chat model says
     n_layer: int = 2  # layers of the tiny models
     n_head: int = 4  # their attention heads
     n_embd: int = 64  # their width
-    target_steps: int = 550  # optimizer steps of a target's own pre-training
+    target_steps: int = 450  # optimizer steps of a target's own pre-training
     proposer_steps: int = 300  # the same of a proposer's
     batch_size: int = 64  # examples of a step, but for DPO
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
     n_seeds: int = 1500  # seed questions (paper: 2448 to 62,000)
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
-    starved: float = 0.0005  # their share in the target's pre-training
-    n_test: int = 900  # held-out questions, equally many of each cell; a third as many natural and reworded ones
-    n_eval: int = 500  # proposals that are looked at after each round, none of them left out
+    starved: float = 0.0002  # their share in the target's pre-training
+    n_test: int = 900  # held-out questions, as many of each cell; a third as many natural, reworded and unseen
+    n_eval: int = 500  # proposals that are looked at after each round; those of reserved programs are left out
     # exploration
     rounds: int = 3  # R, of proposing and DPO (paper: several)
     queries: int = 1000  # questions the target is asked in a round
     shots: int = 3  # seeds that a proposal follows (paper: 3)
     temp: float = 1.0  # temperature of proposals (paper: 1)
     top_p: float = 0.95  # share of probability they are cut to (official code: 0.9 and 0.98)
-    max_new: int = 24  # most tokens of a proposal or an answer (paper: 512)
+    max_new: int = 24  # most tokens of a proposal or a tiny target's answer (paper: 512)
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
-    pairing: str = "random"  # random|own: prompt, failure and success drawn apart (official code); the failure's prompt
+    pairing: str = "random"  # random|own|same-prompt: prompt, failure and success apart (official code), failure's, one
     beta: float = 0.1  # of DPO (paper: 0.1)
     dpo_steps: int = 8  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
     dpo_batch: int = 32  # pairs of a step (official code: 8)
@@ -158,10 +167,14 @@ class Config:
             fail(f"--n-seeds {self.n_seeds}: must be more than --shots {self.shots}")
         if self.n_embd % (2 * self.n_head) or self.n_embd < 8:
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")
-        if self.target and not re.fullmatch(r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?#.+", self.target, re.A):
-            fail("--target: must look like https://host/v1#MODEL, without a user, a password or a query")
+        for name in ("target", "judge", "teacher"):
+            url = r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?#.+"
+            if "://" in (model := getattr(self, name)) and not re.fullmatch(url, model, re.A):
+                fail(f"--{name}: must look like https://host/v1#MODEL, without a user, a password or a query")
         if self.target and (self.task == "honesty" or self.targets > 1 or "7" in arms):
-            fail("--target https://host/v1#MODEL: one target, --targets 1, --task math, and no arm 7")
+            fail("--target: one target, --targets 1, --task math, and no arm 7")
+        if bool(self.judge) > bool(self.teacher) or bool(self.teacher) > bool(self.target):
+            fail("--judge needs --teacher, which solves what no parser knows, and --teacher needs --target")
 
 
 ARMS = {  # the N new questions that a target is tuned on beside the same replay, all with right solutions
@@ -174,17 +187,17 @@ ARMS = {  # the N new questions that a target is tuned on beside the same replay
 }
 HONESTY = dict(arms="0,1,2,3,4", queries=300, n_eval=200, n_train=200, dpo_batch=8)  # ten calls a question
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=120, proposer_steps=100, batch_size=16, n_seeds=48,
+    "smoke": dict(targets=2, n_layer=1, n_embd=32, target_steps=100, proposer_steps=100, batch_size=16, n_seeds=32,
                   n_test=30, n_eval=20, rounds=1, shots=1, queries=30, part=40, temp=0.8, dpo_batch=1, dpo_steps=2,
                   n_train=8, tune_steps=3, log_every=10, save_every=40, lr=2e-2),
     "small": {}, "small:honesty": HONESTY, "long:honesty": HONESTY | dict(targets=5, queries=800),
     "long": dict(targets=5, weak_mass=0.02, rounds=5, n_test=3000, queries=2000, n_train=1000, tune_steps=200,
-                 target_steps=1400, proposer_steps=1000),
+                 proposer_steps=1000),
     "paper": dict(n_layer=32, n_head=32, n_embd=4096, max_new=512, n_seeds=62000, queries=100000, n_train=10000,
                   tune_steps=2500, batch_size=8, dpo_batch=8, dpo_steps=5000, lr=5e-5, dpo_lr=5e-5, tune_lr=5e-5,
                   top_p=0.9),
 }
-TRIED = {"0": 1, "1": 3, "2": 3, "3": 3, "4": 9, "7": 3}  # settings looked at on dev questions; six of DPO
+TRIED = {"0": 2, "1": 3, "2": 3, "3": 3, "4": 9, "7": 3}  # settings looked at on dev questions; six of DPO
 
 
 # ---------------------------------------------------------------- 2. Data
@@ -242,22 +255,30 @@ def programs():
     return found
 
 
+def is_reserved(program):
+    """One program in five, by its hash, is in no training data of any model or arm."""
+    return zlib.crc32(repr(program).encode()) % 5 == 0
+
+
 @functools.cache
-def cells():
+def cells(reserved=False):
+    """{cell: its programs, those that may be trained on, or the reserved ones}"""
     found = {}
     for program, (cell, _) in programs().items():
-        found.setdefault(cell, []).append(program)
+        if is_reserved(program) == reserved:
+            found.setdefault(cell, []).append(program)
     return found
 
 
 def make_item(question, program):
     cell, steps = programs()[program]
     text = " ; ".join(f"{x} {sign} {y} = {value}" for x, sign, y, value in steps)
-    return dict(question=question, cell=cell, answer=str(steps[-1][3]), solution=f"{text} ; answer {steps[-1][3]}")
+    return dict(question=question, cell=cell, answer=str(steps[-1][3]), solution=f"{text} ; answer {steps[-1][3]}",
+                reserved=is_reserved(program))
 
 
-def make_question(rng, cell, reworded=False):
-    kind, numbers = rng.choice(cells()[cell])
+def make_question(rng, cell, reworded=False, reserved=False):
+    kind, numbers = rng.choice(cells(reserved)[cell])
     form, verbs, _ = PROBLEMS[kind]
     words = {name: rng.choice(WORDS[name]) for name in "NIC"}
     words |= dict(zip("ABXY", map(str, numbers)))
@@ -292,14 +313,19 @@ class World:
         names, self.held = sorted(cells()), {}
         random_of("blind spots", cfg.seed, b).shuffle(names)
         self.weak, self.strong = ([], names) if cfg.target else (names[:10], names[10:])
-        rng, each = random_of(cfg.split), -(-cfg.n_test // 30)  # held out: drawn first, and never again
-        self.sets = dict(test=[self.hold(make_question(rng, cell)) for cell in sorted(names) for _ in range(each)])
-        self.sets["reworded"] = [self.hold(make_question(rng, cell, True))
-                                 for cell in itertools.islice(itertools.cycle(sorted(names)), cfg.n_test // 3)]
-        self.sets["natural"] = [self.hold(self.draw(rng, cfg.weak_mass)) for _ in range(cfg.n_test // 3)]
+        rng, third = random_of(cfg.split), -(-cfg.n_test // 90) * 30  # held out: drawn first, and never again
+        self.gate = self.hold(random_of("gate"), 300)  # by which no arm is measured
+        self.sets = dict(test=self.hold(rng, -(-cfg.n_test // 30) * 30), reworded=self.hold(rng, third, reworded=True),
+                         unseen=self.hold(rng, third, reserved=True), natural=[])
+        self.sets["natural"] = [self.draw(rng, cfg.weak_mass) for _ in range(third)]
+        self.held |= {item["question"]: item for item in self.sets["natural"]}
+        self.near = Near(self.held)
 
-    def hold(self, item):
-        return self.held.setdefault(item["question"], item)
+    def hold(self, rng, n, **how):
+        """n questions, equally many of each cell, that are drawn for nothing else."""
+        items = [make_question(rng, cell, **how) for cell in sorted(cells()) for _ in range(n // 30)]
+        self.held |= {item["question"]: item for item in items}
+        return items
 
     def draw(self, rng, share):
         """A question, with probability `share` of the blind spots."""
@@ -466,7 +492,8 @@ def tiny_shape(cfg):
 # who: one target's folder, world and seeds, and its two models: proposer.write(prompts, n, ...) and
 # target.ask(questions, n, ...) give n texts for each (Local and Remote, section 7).
 # Prompts
-SOLVE = "{}\n\nSolve this step by step. End with a line 'Answer: ' and the number alone."  # for an endpoint
+SOLVE = "{}\n\nSolve this step by step. End with a line 'Answer: ' and the number alone."  # for a chat model
+JUDGE = "{}\n\nIs this one complete question that has one right number as its answer? End with Yes or No."
 
 
 def list_prompt(questions):
@@ -526,9 +553,29 @@ def signature(text, n_hash=20):
 
 
 def jaccard(x, y, n_hash=20):
-    """(N, M): estimated Jaccard index of texts x and y, the share of equal entries of their signatures."""
-    x, y = (np.array([signature(text, n_hash) for text in texts]).reshape(-1, n_hash) for texts in (x, y))
-    return sum(((a[:, None] == b).astype(np.float32) for a, b in zip(x.T, y.T)), np.zeros((len(x), len(y)))) / n_hash
+    """Estimated Jaccard index of two texts: the share of equal entries of their signatures."""
+    return np.count_nonzero(signature(x, n_hash) == signature(y, n_hash)) / n_hash
+
+
+class Near:
+    """Texts, and whether another is near to one of them. Near texts differ in at most 4 of 20 entries, so that of five
+    bands of four entries one is equal: only texts that share a band are compared. (our choice)"""
+
+    def __init__(self, texts=()):
+        self.bands = defaultdict(set)
+        for text in texts:
+            self.add(text)
+
+    def keys(self, text):
+        entries = signature(text).tolist()
+        return [(i, *entries[i : i + 4]) for i in range(0, 20, 4)]
+
+    def add(self, text):
+        for key in self.keys(text):
+            self.bands[key].add(text)
+
+    def __contains__(self, text):
+        return any(jaccard(text, other) >= NEAR for key in self.keys(text) for other in self.bands.get(key, ()))
 
 
 def cosine_max(e, cluster, kernels=False, block=2048):
@@ -612,7 +659,13 @@ def dpo_loss(logp, ref, beta):
 
 def build_pairs(rows, pairing, rng):
     """[(prompt, failure, success)]: the proposer shall prefer what the target fails at. As many as there are of the
-    rarer kind. random: the three have nothing to do with each other (official code); own: the failure's prompt."""
+    rarer kind. random: the three have nothing to do with each other (official code); own: the failure's prompt;
+    same-prompt: of prompts with one of each."""
+    if pairing == "same-prompt":
+        found = defaultdict(dict)
+        for row in rows:
+            found[tuple(row["prompt"])][row["failure"]] = row["instruction"]
+        return [(list(prompt), said[True], said[False]) for prompt, said in found.items() if len(said) == 2]
     positive, negative = ([row for row in rows if row["failure"] == want] for want in (True, False))
     prompts = [row["prompt"] for row in rows]
     for each in (prompts, positive, negative):
@@ -624,35 +677,50 @@ def build_pairs(rows, pairing, rng):
 # Exploring: proposals, their judge, the target
 def attempt(cfg, who, ids, key):
     """Rows of proposals `ids`: the seeds that they follow, the question, and why it is dropped, "" if it is valid."""
-    demos = [random_of("demos", cfg.seed, *key, i).sample(range(len(who.seeds)), cfg.shots) for i in ids]
+    places = [i // 2 if cfg.pairing == "same-prompt" else i for i in ids]  # there a prompt is followed twice
+    demos = [random_of("demos", cfg.seed, *key, i).sample(range(len(who.seeds)), cfg.shots) for i in places]
     prompts = [proposal_row(cfg, who, some, "")[0] for some in demos]
     texts = who.proposer.write(prompts, 1, cfg.temp, cfg.top_p, (*key, ids[0]))
     questions = [cut(text, cfg.shots) for text, in texts]
-    return [dict(id=i, prompt=some, instruction=question, asked=0, drop="" if item else "invalid") | (item or {})
-            for i, some, question, item in zip(ids, demos, questions, map(parse, questions))]
+    items = [parse(question) or {} for question in questions]
+    if who.judge:  # in place of the parser
+        said = who.judge.ask([question or "?" for question in questions], 1, 0.0, ("judge", *key, ids[0]))
+        yes = [re.findall(r"[a-z]+", (text or "").lower())[-1:] == ["yes"] for text, in said]
+        items = [dict(question=question, cell="") | item if sure and question else {}
+                 for question, item, sure in zip(questions, items, yes)]
+    drops = ["held out" if item.get("reserved") else "" if item else "invalid" for item in items]
+    return [dict(id=i, prompt=some, instruction=question, asked=0, drop=drop) | item
+            for i, some, question, drop, item in zip(ids, demos, questions, drops, items)]
 
 
 def drop_near(rows, before, held):
-    """Drop what is near to a held-out question, or to an earlier valid proposal (texts `before`)."""
-    live = [row for row in rows if not row["drop"]]
-    texts, kept = [row["instruction"] for row in live], np.zeros(len(live), bool)
-    seen, out, same = ((jaccard(texts, list(other)) >= NEAR) for other in (before, held, texts))
-    for i, row in enumerate(live):
-        row["drop"] = "held out" if out[i].any() else "seen" if seen[i].any() or same[i, kept].any() else ""
-        kept[i] = not row["drop"]
+    """Drop what is near to a held-out question, or to an earlier valid proposal, and add the others to these (Near)."""
+    for row in (row for row in rows if not row["drop"]):
+        row["drop"] = "held out" if row["instruction"] in held else "seen" if row["instruction"] in before else ""
+        if not row["drop"]:
+            before.add(row["instruction"])
 
 
 def fresh(world, rng, share, n):
     """n drawn questions that are as far from each other and from held-out ones as proposals are."""
-    items = [world.draw(rng, share) for _ in range(4 * n)]
-    rows = [dict(item, instruction=item["question"], drop="", asked=0) for item in items]
-    drop_near(rows, [], world.held)
-    return [row for row in rows if not row["drop"]][:n]
+    rows, seen = [], Near()
+    for _ in range(40 * n):
+        item = world.draw(rng, share)
+        row = dict(item, instruction=item["question"], drop="", asked=0)
+        drop_near([row], seen, world.near)
+        rows += [] if row["drop"] else [row]
+        if len(rows) == n:
+            break
+    return rows
 
 
 def respond(cfg, who, rows, key):
     """Ask the target about valid rows, and score what it says; a row says how many calls that took."""
     live, n = [row for row in rows if not row["drop"]], 10 if cfg.task == "honesty" else 1
+    if who.teacher:  # in place of the solver
+        for row, (text,) in zip(live, who.teacher.ask([row["instruction"] for row in live], 1, 0.0, ("teach", *key))):
+            row |= dict(solution=text, answer=read_answer(text), drop="" if read_answer(text) else "no solution")
+        live = [row for row in live if not row["drop"]]
     replies = who.target.ask([row["instruction"] for row in live], n, float(n > 1), ("respond", *key))
     for row, texts in zip(live, replies):
         silent = None in texts or cfg.target and read_answer(texts[0]) is None  # nothing said is no wrong answer
@@ -660,13 +728,14 @@ def respond(cfg, who, rows, key):
         row |= {} if row["drop"] else score(cfg, row, texts)
 
 
-def explore(cfg, run, who, name, queries, before, key):
+def explore(cfg, run, state, who, name, queries, before, key):
     """Rows of a JSONL file: proposals, a part at a time, until the target has been asked about `queries` of them."""
     path, log = who.folder / f"{name}.jsonl", Log(run, f"{who.folder.name}-{name}", queries)
     rows, most = read_rows(path, cfg.part), max(20 * queries, cfg.part)
+    seen = Near(row["instruction"] for row in before + rows if row["asked"])
     while (left := queries - sum(row["asked"] > 0 for row in rows)) > 0 and len(rows) < most:
         new = attempt(cfg, who, range(len(rows), len(rows) + cfg.part), key)
-        drop_near(new, [row["instruction"] for row in before + rows if row["asked"]], who.world.held)
+        drop_near(new, seen, who.world.near)
         for row in [row for row in new if not row["drop"]][left:]:
             row["drop"] = "budget"
         respond(cfg, who, new, (*key, len(rows)))
@@ -674,7 +743,7 @@ def explore(cfg, run, who, name, queries, before, key):
         rows += new
         log(sum(row["asked"] > 0 for row in rows), failures=len(failures(rows)))
         if should_stop(run):
-            stopped(run)
+            stopped(run, state)
     return rows
 
 
@@ -697,15 +766,27 @@ def calibration_error(confidence, right, bins=10):
     return float(sum(abs(gap[place == b].sum()) for b in range(bins)) / len(gap))
 
 
+def greedy(local, items):
+    return [text for text, in local.ask([item["question"] for item in items], 1, 0.0, ())]
+
+
+def graded(world, items, texts):
+    """Which texts are right (N,), and the shares of right ones in the blind spots and elsewhere."""
+    right = np.array([item["answer"] == read_answer(text) for item, text in zip(items, texts)])
+    weak = np.array([item["cell"] in world.weak for item in items])
+    parts = (("weak", weak), ("strong", ~weak))
+    return right, {name: float(right[part].mean()) for name, part in parts if part.any()}
+
+
 def evaluate(cfg, run, local, world):
-    """Measures of a target on the held-out questions, answered greedily."""
-    found, tok = {}, local.tok
+    """Measures of a target on the held-out questions."""
+    found, tok, everything = {}, local.tok, sum(world.sets.values(), [])
+    said = dict(zip((item["question"] for item in everything), greedy(local, everything)))
     for name, items in world.sets.items():
-        texts = [text for text, in local.ask([item["question"] for item in items], 1, 0.0, ())]
-        right = [item["answer"] == read_answer(text) for item, text in zip(items, texts)]
-        found[name] = float(np.mean(right))
-        for part in ("weak", "strong") if name == "test" else ():
-            found[part] = float(np.mean([x for x, item in zip(right, items) if item["cell"] in getattr(world, part)]))
+        texts = [said[item["question"]] for item in items]
+        right, parts = graded(world, items, texts)
+        found |= {name: float(right.mean())} | (parts if name == "test" else {})
+        found |= {f"{name} {part}": share for part, share in parts.items() if name == "unseen"}
         if cfg.task == "honesty" and name == "test":
             asked = [tok.ask(item["question"]) for item in items]
             o = row_logp(run, local.model, [(q, tok.encode(text) + tok.stop) for q, text in zip(asked, texts)]).exp()
@@ -719,7 +800,8 @@ def evaluate(cfg, run, local, world):
 
 
 def proposer_measures(rows, world):
-    """Of what a proposer writes; rates are of everything it wrote, but for those "of valid"."""
+    """Of what a proposer writes; rates are of everything but reserved programs, or "of valid"."""
+    rows = found if len(found := [row for row in rows if row["drop"] != "held out"]) > 1 else rows
     valid, texts = [row for row in rows if not row["drop"]], [row["instruction"] for row in rows]
     n, m = len(rows), max(1, len(valid))
     share = np.array([*Counter(row["cell"] for row in valid).values()]) / m
@@ -818,11 +900,11 @@ def train(cfg, run, state, job, model, steps, lr, draw, loss_of=sft_loss):
                 fail(f"{job}: training diverged; lower its learning rate")
             log(step, loss=loss.item(), gnorm=float(norm), lr=group["lr"],
                 tokens_per_s=tokens / (time.perf_counter() - began))
-        stop = should_stop(run)
-        if stop or step % cfg.save_every == 0 and step < steps:
-            remember(run, state, job=job, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-        if stop:
-            stopped(run)
+        now = dict(job=job, step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+        if should_stop(run):
+            stopped(run, state, **now)
+        if step % cfg.save_every == 0 and step < steps:
+            remember(run, state, **now)
     return model.eval()
 
 
@@ -849,7 +931,8 @@ def train_proposer(cfg, run, state, b, who):
         rng = random_of("questions", cfg.seed, b, step)
         n = cfg.shots if step % 4 == 3 else 0
         items = [who.world.draw(rng, cfg.weak_mass) for _ in range(cfg.batch_size)]
-        return collate([proposal_row(cfg, who, rng.sample(range(cfg.n_seeds), n), item["question"]) for item in items])
+        demos = [rng.sample(range(len(who.seeds)), n) for _ in items]
+        return collate([proposal_row(cfg, who, some, item["question"]) for some, item in zip(demos, items)])
 
     rows, size = warmup_rows(cfg, who, random_of("warm-up", cfg.seed, b)), cfg.batch_size
     model = once(cfg, run, who.folder / "questions.safetensors", lambda: train(
@@ -1076,6 +1159,100 @@ def export(model):
 # --- end block ---
 
 
+# --- block: pretrained ---
+def download(hub, url, path, entry):
+    """One file, going on where a former transfer was cut. Size and SHA-256 (small files: git blob id) must fit."""
+    have, size, lfs = path.stat().st_size if path.exists() else 0, entry["size"], entry.get("lfs")
+    if have < size:
+        got = hub.get(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"}, stream=True, timeout=60)
+        with open(path, "ab" if got.status_code == 206 else "wb") as file:
+            file.writelines(tqdm(got.iter_content(2**16), path.name, (size - have) >> 16, unit="x64KB", disable=None))
+    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, lambda: digest)
+    if digest.hexdigest() != (lfs or entry)["oid"]:
+        path.unlink()
+        fail(f"{url}: size or hash is not what the hub says; the file is deleted, run again")
+
+
+def fetch_model(name, offline=False):
+    """A directory, or a hub's org/name[@commit] from the cache (default: the first call's newest; not in parallel)."""
+    if Path(name).is_dir():
+        return Path(name)
+    repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
+    folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
+    if (folder / "commit").exists() or offline:
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+    hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
+    if os.getenv("HF_TOKEN") and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
+        hub.headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()  # dropped on the way to another host
+    try:
+        commit = hub.get(f"{url}/api/models/{repo[1]}/revision/{(repo[2] or '@main')[1:]}", timeout=60).json()["sha"]
+        entries = {e["path"]: e for e in hub.get(f"{url}/api/models/{repo[1]}/tree/{commit}", timeout=60).json()}
+        more = re.compile(r"tokenizer_config\.json|model(-\d+-of-\d+)?\.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ["config.json", "tokenizer.json", *filter(more.fullmatch, entries)]:
+            download(hub, f"{url}/{repo[1]}/resolve/{commit}/{file}", folder / file, entries[file])
+    except (OSError, LookupError, TypeError) as error:  # OSError: all that requests raises
+        fail(f"{name}: {error!r} (401, 403: HF_TOKEN needs access; 404, KeyError: not there; else run again to go on)")
+    replace_file(folder / "commit", commit.encode())
+    return folder
+
+
+def load_weights(folder):
+    """{name: tensor} of model.safetensors or of its shards; these are known by their names, no index is followed."""
+    paths = sorted(folder.glob("model*.safetensors")) or fail(f"{folder}: no model.safetensors and no shards of it")
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def load_tokenizer(folder):
+    """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
+    tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
+    token comes about in one way, so the ids are equal (tested). Bytes that have no token are dropped."""
+    try:
+        files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.glob("tokenizer*.json")}
+        data, config = files["tokenizer.json"], files.get("tokenizer_config.json", {})
+        model, steps = data["model"], data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
+        kind = " ".join(str(v) for step in steps for k, v in step.items() if k not in ("pattern", "trim_offsets"))
+        words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        split = {"ByteLevel False": words, "Digits True ByteLevel False": r"\p{N}|\s+(?=\p{N})|" + words,
+                 "Split Isolated False ByteLevel False False": steps[0].get("pattern", {}).get("Regex")}
+        normal = {"None": str, "{'type': 'NFC'}": lambda s: unicodedata.normalize("NFC", s)}[str(data["normalizer"])]
+        special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        plain = [b for b in range(256) if chr(b).isprintable() and b != 32]  # stand for themselves
+        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+        merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
+        whole = [token for token in model["vocab"] if model.get("ignore_merges") and token not in special]
+        tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
+        ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
+        bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
+    ids = [model["vocab"].get(token, -1) for token in tokens]
+    back = {i: rank for rank, i in enumerate(ids)}
+    preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
+
+    def encode(text):
+        return [ids[rank] for rank in bpe.encode_ordinary(normal(text)) if ids[rank] >= 0]
+
+    def chat(messages):
+        """Ids of [{"role", "content"}, ...] up to where the answer begins; control tokens only from the template."""
+        llama = "<|eot_id|>" in special or ("<|im_end|>" not in special and fail(f"{folder}: no known chat template"))
+        head = "<|start_header_id|>{0}<|end_header_id|>\n\n" if llama else "<|im_start|>{0}\n"
+        turn = head + ("{1}<|eot_id|>" if llama else "{1}<|im_end|>\n")
+        turns = [(turn, m["role"], m["content"].strip() if llama else m["content"]) for m in messages]
+        if llama or (preset and messages[0]["role"] != "system"):
+            turns.insert(0, ("<|begin_of_text|>",) if llama else (turn, "system", preset[1]))
+        turns.append((head, "assistant"))
+        parts = [(part, fills) for form, *fills in turns for part in re.split(r"(<\|\w+\|>)", form)]
+        return sum(([special[p]] if p in special else encode(p.format(*fills)) for p, fills in parts), [])
+
+    return SimpleNamespace(encode=encode, decode=lambda ids: bpe.decode([back[i] for i in ids if i in back]), chat=chat,
+                           special=special, **{k: special.get(str(config.get(k + "_token"))) for k in ("bos", "eos")})
+# --- end block ---
+
+
 # --- block: chat ---
 class Chat:
     """An OpenAI-compatible endpoint. Replies are kept on disk under the hash of endpoint, model, payload and index of
@@ -1135,19 +1312,20 @@ def load_kernel(name):
 
 
 class Local:
-    """A decoder that writes or answers."""
+    """A decoder that writes or answers: at most max_new tokens, `part` texts at once."""
 
-    def __init__(self, cfg, model, tok):
-        self.cfg, self.model, self.tok = cfg, model.eval(), tok
+    def __init__(self, cfg, model, tok, part=0, max_new=0):
+        self.cfg, self.model, self.tok, self.part = cfg, model.eval(), tok, part or cfg.part
+        self.max_new = max_new or cfg.max_new
 
     def write(self, prompts, n, temperature, top_p, key):
-        """n texts that continue each prompt (token ids); without an end they are cut at max_new tokens."""
+        """n texts that continue each prompt (token ids); without an end they are cut."""
         device, rows = self.model.norm.weight.device, [prompt for prompt in prompts for _ in range(n)]
         g = torch.Generator(device).manual_seed(zlib.crc32(repr((self.cfg.seed, *key)).encode()))
         order, texts = sorted(range(len(rows)), key=lambda i: -len(rows[i])), {}
-        for i in range(0, len(order), self.cfg.part):
-            some = order[i : i + self.cfg.part]
-            new = generate(self.model, [rows[j] for j in some], self.cfg.max_new, self.tok.stop, temperature, top_p, g)
+        for i in range(0, len(order), self.part):
+            some = order[i : i + self.part]
+            new = generate(self.model, [rows[j] for j in some], self.max_new, self.tok.stop, temperature, top_p, g)
             texts |= {j: self.tok.decode(ids) for j, ids in zip(some, new)}
         return [[texts[i * n + k] for k in range(n)] for i in range(len(prompts))]
 
@@ -1158,14 +1336,38 @@ class Local:
 class Remote:
     """An endpoint that answers; a reply that is none is None."""
 
-    def __init__(self, cfg, chat):
-        self.cfg, self.chat = cfg, chat
+    def __init__(self, cfg, chat, form=SOLVE):
+        self.cfg, self.chat, self.form = cfg, chat, form
 
     def ask(self, contents, n, temperature, key):
-        jobs = [dict(messages=[dict(role="user", content=SOLVE.format(text))], temperature=temperature, max_tokens=512)
-                for text in contents]
+        common = dict(temperature=temperature, max_tokens=self.cfg.say_max)
+        jobs = [dict(messages=[dict(role="user", content=self.form.format(text))], **common) for text in contents]
         texts = self.chat.ask([(job, i) for job in jobs for i in range(n)])
         return [texts[i * n : i * n + n] for i in range(len(contents))]
+
+
+def chat_model(cfg, run, name, form=SOLVE):
+    """What --target, --judge and --teacher name: an endpoint, or a checkpoint; None for ""."""
+    if not name:
+        return None
+    if "://" in name:
+        (run.out / "replies").mkdir(exist_ok=True)
+        return Remote(cfg, Chat(*name.split("#", 1), run.out / "replies"), form)
+    folder = fetch_model(name)
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = Decoder(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v for k, v in load_weights(folder).items()}
+        tensors = {k: v.to(run.dtype) for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+    tok = load_tokenizer(folder)
+    tok.ask = lambda text: tok.chat([dict(role="user", content=form.format(text))])
+    ends = tok.eos, *map(tok.special.get, ("<|im_end|>", "<|eot_id|>", "<|endoftext|>"))
+    tok.stop = [i for i in ends if i is not None]
+    return Local(cfg, model.to(run.device), tok, 16, cfg.say_max)
 
 
 def new_model(cfg, run, key, weights=None):
@@ -1190,8 +1392,9 @@ def remember(run, state, **job):
     save_state(run, done=state["done"], seconds=time.perf_counter() - run.began, **job)
 
 
-def stopped(run):
-    """Say how to go on, and leave."""
+def stopped(run, state, **job):
+    """Save, say how to go on, and leave."""
+    remember(run, state, **job)
     print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
     raise SystemExit(130)
 
@@ -1207,6 +1410,22 @@ def read_rows(path, size):
         return rows if [row["id"] for row in rows] == list(range(whole)) else fail(f"{path}: ids are not 0, 1, 2, ...")
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
+
+
+def read_seeds(cfg):
+    """The questions of --seeds, [] if there is none."""
+    items = []
+    try:
+        for line in Path(cfg.seeds).read_bytes().splitlines() if cfg.seeds else ():
+            items.append({} | parse(json.loads(line)["question"]))  # TypeError where it is none
+    except OSError as error:
+        fail(f"--seeds {cfg.seeds}: {error}")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        fail(f"--seeds {cfg.seeds}, line {len(items) + 1}: must be JSON with a \"question\" of PROBLEMS")
+    items = [item for item in items if not item["reserved"]]
+    if cfg.seeds and len(items) <= cfg.shots:
+        fail(f"--seeds {cfg.seeds}: needs more than --shots {cfg.shots} questions that are not reserved (is_reserved)")
+    return items
 
 
 def append_rows(path, rows):
@@ -1235,7 +1454,7 @@ def ledger(cfg, run):
     speeds = batch["ids"].numel() / seconds, len(prompts) * cfg.max_new / spent
     minutes = cfg.targets * sum(tokens / speed for tokens, speed in zip(work(cfg), speeds)) / 60
     print(f"{speeds[0]:,.0f} tokens/s learned from, {speeds[1]:,.0f} written: at most about {minutes:.1f} minutes, if "
-          "every text is as long as it may be", flush=True)
+          "every text is as long as it may be" + ", without what chat models take" * bool(cfg.target), flush=True)
 
 
 def dry_run(cfg):
@@ -1264,27 +1483,30 @@ def plot_rounds(path, metrics, rounds):
 
 # ---------------------------------------------------------------- 8. Main
 def set_up(cfg, run, state, b):
-    """World, target and warm-up proposer number b."""
+    """World and target number b."""
     world, tok, rng, folder = World(cfg, b), Words(cfg.shots), random_of("seeds", cfg.seed, b), run.out / f"b{b}"
     folder.mkdir(exist_ok=True)
-    who = SimpleNamespace(folder=folder, world=world, proposer=SimpleNamespace(tok=tok), seeds=[
-        world.draw(rng, cfg.weak_mass) for _ in range(cfg.n_seeds)])
-    if cfg.target:
-        (run.out / "replies").mkdir(exist_ok=True)
-        who.target = Remote(cfg, Chat(*cfg.target.split("#", 1), run.out / "replies"))
-    else:
+    seeds = read_seeds(cfg) or [world.draw(rng, cfg.weak_mass) for _ in range(cfg.n_seeds)]
+    who = SimpleNamespace(folder=folder, world=world, proposer=SimpleNamespace(tok=tok), seeds=seeds,
+                          target=chat_model(cfg, run, cfg.target), judge=chat_model(cfg, run, cfg.judge, JUDGE),
+                          teacher=chat_model(cfg, run, cfg.teacher))
+    if not cfg.target:
         who.target = Local(cfg, once(cfg, run, folder / "target.safetensors",
                                      lambda: train_target(cfg, run, state, b, world, tok)), tok)
         if f"b{b}/0" not in state["done"]:
             state["done"][f"b{b}/0"] = evaluate(cfg, run, who.target, world)
             remember(run, state)
-        weak, strong = (state["done"][f"b{b}/0"][name] for name in ("weak", "strong"))
-        if cfg.scale != "smoke" and (weak > 0.8 or strong < 0.8):
-            fail(f"b{b}: the target has {weak:.0%} of its blind spots right and {strong:.0%} of the rest, but the "
-                 "comparison needs at most 80% and at least 80%: change --starved, --target-steps or --lr")
-    who.proposer = Local(cfg, once(cfg, run, folder / "proposer0.safetensors",
-                                   lambda: train_proposer(cfg, run, state, b, who)), tok)
     return who
+
+
+def check_blind_spots(everyone):
+    """Targets that fail nowhere, or everywhere, leave nothing to explore: asked on questions that no result is of."""
+    parts = [graded(who.world, who.world.gate, greedy(who.target, who.world.gate))[1] for who in everyone]
+    weak, strong = (np.mean([part[name] for part in parts]) for name in ("weak", "strong"))
+    print(f"the targets have {weak:.0%} of their blind spots right and {strong:.0%} of the rest (dev questions)")
+    if weak > 0.6 or strong < 0.8:
+        fail(f"the targets have {weak:.0%} of their blind spots right and {strong:.0%} of the rest, but the comparison "
+             "needs at most 60% and at least 80%: change --starved, --target-steps or --lr")
 
 
 def look(cfg, run, who, state, b, r, first):
@@ -1308,7 +1530,7 @@ def run_rounds(cfg, run, who, state, b):
     first, found, files = copy.deepcopy(who.proposer.model), [], [who.folder / "proposer0.safetensors"]
     measures = [look(cfg, run, who, state, b, 0, first)]
     for r in range(1, cfg.rounds + 1):
-        found.append(explore(cfg, run, who, f"round{r}", cfg.queries, sum(found, []), ("round", b, r)))
+        found.append(explore(cfg, run, state, who, f"round{r}", cfg.queries, sum(found, []), ("round", b, r)))
         scored = [row for row in found[-1] if "failure" in row]
         pairs = build_pairs(scored, cfg.pairing, random_of("pairs", cfg.seed, b, r))
         files.append(who.folder / f"proposer{r}.safetensors")
@@ -1328,13 +1550,13 @@ def propose_all(cfg, run, who, state, b):
     """{arm: proposals it may take, best first}. Arms 3 and 4 ask the target equally often, in rounds + 1 lots."""
     arms, found = set(cfg.arms.split(",")), {}
     if arms & set("234"):
-        found["2"] = explore(cfg, run, who, "round1", cfg.queries, [], ("round", b, 1))
+        found["2"] = explore(cfg, run, state, who, "round1", cfg.queries, [], ("round", b, 1))
     if "3" in arms:
-        more = explore(cfg, run, who, "filter", cfg.queries * cfg.rounds, found["2"], ("filter", b))
+        more = explore(cfg, run, state, who, "filter", cfg.queries * cfg.rounds, found["2"], ("filter", b))
         found["3"] = found["2"] + more
     if "4" in arms:
         rounds = run_rounds(cfg, run, who, state, b)
-        last = explore(cfg, run, who, "last", cfg.queries, sum(rounds, []), ("last", b))
+        last = explore(cfg, run, state, who, "last", cfg.queries, sum(rounds, []), ("last", b))
         found["4"] = last + sum(rounds[::-1], [])
     return found
 
@@ -1365,13 +1587,6 @@ def new_questions(cfg, run, who, arm, b, proposals):
     return list(itertools.islice(itertools.cycle(rows), cfg.n_train)), asked
 
 
-def labelled(cfg, who, items, key):
-    """honesty: ask the target about questions of which its answers are not known yet, and count the calls."""
-    new = [item for item in items if "entropy" not in item] if cfg.task == "honesty" else []
-    respond(cfg, who, new, key)
-    return items, sum(item["asked"] for item in new)
-
-
 def tune_rows(cfg, who, items):
     """(prompt, completion) in tokens: the solution; honesty: the target's own most frequent answer, without which it
     forgets to answer, and whether it is sure of that."""
@@ -1390,11 +1605,12 @@ def run_arm(cfg, run, who, state, b, arm, replay, proposals):
     """Tune the target, from its first weights, on N new questions and the replay; measure it."""
     new, asked = new_questions(cfg, run, who, arm, b, proposals)
     different = len({row["question"] for row in new})
-    new, more = labelled(cfg, who, new, ("label", b, arm))
+    more = [row for row in new if "entropy" not in row] if cfg.task == "honesty" else []
+    respond(cfg, who, more, ("label", b, arm))  # what the target says to them is not known yet
     keys = "question", "solution", "cell", "responses", "entropy"
     replace_file(who.folder / f"data-{arm}.jsonl", "".join(
         json.dumps({key: row[key] for key in keys if key in row}) + "\n" for row in new).encode())
-    found = {"calls": asked + more, "different": different,
+    found = {"calls": asked + sum(row["asked"] for row in more), "different": different,
              "in blind spots": sum(row["cell"] in who.world.weak for row in new) / max(1, len(new))}
     if isinstance(who.target, Local):
         model = once(cfg, run, who.folder / f"arm{arm}.safetensors", lambda: fit(
@@ -1405,15 +1621,17 @@ def run_arm(cfg, run, who, state, b, arm, replay, proposals):
     remember(run, state)
 
 
-def run_target(cfg, run, state, b):
-    """One target: its base, its proposers, its arms."""
-    who, rng = set_up(cfg, run, state, b), random_of("replay", cfg.seed, b)
+def run_target(cfg, run, state, b, who):
+    """One target's proposers and arms."""
+    rng, make = random_of("replay", cfg.seed, b), functools.partial(train_proposer, cfg, run, state, b, who)
+    who.proposer = Local(cfg, once(cfg, run, who.folder / "proposer0.safetensors", make), who.proposer.tok)
     proposals = propose_all(cfg, run, who, state, b)
-    replay = labelled(cfg, who, fresh(who.world, rng, cfg.weak_mass, cfg.n_train), ("replay", b))[0]
+    replay = fresh(who.world, rng, cfg.weak_mass, cfg.n_train)
+    if cfg.task == "honesty":
+        respond(cfg, who, replay, ("replay", b))
     for arm in cfg.arms.split(","):
         if arm != "0" and f"b{b}/{arm}" not in state["done"]:
             run_arm(cfg, run, who, state, b, arm, replay, proposals)
-    return who
 
 
 def swap(cfg, run, state, everyone):
@@ -1448,13 +1666,21 @@ def main(argv=None):
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("torchrun: here each target is a process of its own: --targets 1 with several --seed and --out")
+    read_seeds(cfg)  # a mistake in these shall leave nothing half written
+    for name in (cfg.target, cfg.judge, cfg.teacher):
+        if name and "://" not in name:
+            fetch_model(name)
     run = start_run(cfg, "reversegen")
     state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]
     if not (run.out / "state.pt").exists():
         remember(run, state)  # from here on the directory belongs to these flags
     ledger(cfg, run)
-    everyone, done = [run_target(cfg, run, state, b) for b in range(cfg.targets)], state["done"]
+    everyone, done = [set_up(cfg, run, state, b) for b in range(cfg.targets)], state["done"]
+    if cfg.scale != "smoke" and not cfg.target:
+        check_blind_spots(everyone)
+    for b, who in enumerate(everyone):
+        run_target(cfg, run, state, b, who)
     if "4" in cfg.arms.split(",") and cfg.targets > 1:
         swap(cfg, run, state, everyone)
     groups = {}
@@ -1464,6 +1690,9 @@ def main(argv=None):
     print_table(metrics)
     plot_rounds(run.out / "plot.png", metrics, cfg.rounds)
     found = statistics(cfg, done)
+    for name, formula, *_ in CLAIMS if cfg.scale != "smoke" and not cfg.target else ():
+        if name not in found and (cfg.task == "honesty" or not re.match("ap|ece", formula)):
+            print(f"CLAIM {name} NOT RUN: {formula} needs its arms, and at least two --targets")
     if "beats-filter" in found and cfg.scale != "smoke" and found["beats-filter"][1][0] <= 0:
         print("That training the proposer pays, beside filtering what the warm-up proposer writes, is not shown here.")
     digest = hashlib.sha256(json.dumps([list(who.world.held) for who in everyone]).encode()).hexdigest()

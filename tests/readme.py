@@ -139,8 +139,9 @@ def hash_now(script, *argv):
 
 
 def commands(records):
-    """The commands of the records, each once, with the seed as a letter and without their directories."""
-    lines = [re.sub(r" --out[ =]\S+", "", shlex.join(["python", f"{r['script']}.py", *r["argv"]])) for r in records]
+    """The commands of the records, each once, the seed as a letter, without their directories and --resume."""
+    lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
+    lines = [re.sub(r" --out[ =]\S+| --resume", "", line) for line in lines]
     return list(dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines))
 
 
@@ -212,16 +213,18 @@ def dry_run(script, flags, root):
 
 def generate(text, root):
     """README with its regions filled, and one line per mistake in a region or a record's name or use."""
-    mistakes, used = [], set()
+    mistakes, used, filled = [], set(), set()
 
     def fill(match):
         used.add(match[2])
         try:
             columns, named = (re.split(", *", x) if x else [] for x in (match[3], match[4]))
-            return match[1] + render(match[2], columns, named, root) + match[5]
+            body = render(match[2], columns, named, root)
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
+        filled.add(match[2])
+        return match[1] + body + match[5]
 
     def fill_summary(match):
         try:
@@ -231,10 +234,7 @@ def generate(text, root):
             return match[0]
 
     def fill_failed(match):
-        try:
-            return f"{match[1]}\n{failed(sorted(used), root)}\n{match[2]}"
-        except ValueError:  # told by fill
-            return match[0]
+        return f"{match[1]}\n{failed(sorted(filled), root)}\n{match[2]}"
 
     def fill_dry_run(match):
         try:
