@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""README's result regions, generated from the records in results/, and README's commands.
+"""README's regions, generated from the records in results/ and from dry runs, and README's commands.
 
 python tests/readme.py          # one line per difference or mistake, status 1 when there is one
 python tests/readme.py --write  # fill the regions first
@@ -8,10 +8,14 @@ A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b claim
 left out) and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json. Where claims are
 named the others are counted by their verdicts. The one table of all scripts stands between `<!-- summary` and
 `<!-- end summary -->`; a line `SCRIPT-TASK-SCALE-TAG | claim | our measure | the baseline's measure` makes a row.
+Between `<!-- failed claims -->` and `<!-- end failed claims -->` stands each claim of these records that does not hold;
+between `<!-- dry-run: python SCRIPT.py FLAGS -->` and `<!-- end dry-run -->` what that command prints.
 Run it with Python 3.11: the hash of a syntax tree differs between Python versions.
 """
 import contextlib
+import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -19,16 +23,21 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: (.*?))? -->\n).*?"
                     r"(<!-- end results -->)", re.S)
 SUMMARY = re.compile(r"(<!-- summary\n(.*?)-->\n).*?(<!-- end summary -->)", re.S)
-COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b([^\n`#|&;<>()]*)")
+FAILED = re.compile(r"(<!-- failed claims -->\n).*?(<!-- end failed claims -->)", re.S)
+DRY_RUN = re.compile(r"(<!-- dry-run: (python (\w+\.py) ([^\n]*)) -->\n).*?(<!-- end dry-run -->)", re.S)
+COMMAND = re.compile(r"\b(?:python|uv run|torchrun\b[^\n`]*?) (\w+\.py)\b((?:[^\n`#|&;<>()]|(?<=\S)#)*)")
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's quantile, 1 to 9 degrees
 
 
+@functools.cache
 def load(path):
     """The script as a module, registered because dataclasses and inspect look their module up."""
     spec = importlib.util.spec_from_file_location(f"readme_{path.stem}", path)
@@ -80,35 +89,51 @@ def over_seeds(same):
     return mean, [mean - half_width(values), mean + half_width(values)], "over seeds"
 
 
-def claims(records, verdict, named=()):
-    """A line per claim. Two seeds or more: mean and t interval over seeds; one: the run's own interval. A claim that
-    some seeds could not measure says so. Where some are named, the others are only counted."""
-    lines, others = [], {}
-    for claim in {c["id"]: c for r in records for c in r["claims"]}.values():
-        same = [c for r in records for c in r["claims"] if c["id"] == claim["id"]]
-        limit = claim["threshold"]
+def outcomes(records, verdict):
+    """Of each claim its id, its outcome and a line with its numbers. Two seeds or more: mean and t interval over seeds;
+    one: the run's own interval. A claim that some seeds could not measure says so."""
+    for name in dict.fromkeys(c["id"] for r in records for c in r["claims"]):
+        same = [c for r in records for c in r["claims"] if c["id"] == name]
+        limit = same[0]["threshold"]
         if {c["threshold"] for c in same} != {limit}:
-            raise ValueError(f"claim {claim['id']} has two thresholds")
+            raise ValueError(f"claim {name} has two thresholds")
         mean, (low, high), over = over_seeds(same)
         outcome = verdict(mean, [low, high], limit)
-        if named and claim["id"] not in named:
-            others[outcome] = others.get(outcome, 0) + 1
-            continue
         few = f" (measured in {len(same)} of {len(records)} seeds)" if len(same) < len(records) else ""
-        lines.append(f"- {claim['id']}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
-                     f"threshold {limit:.4g}: {outcome}{few}\n")
-    if missing := set(named) - {c["id"] for r in records for c in r["claims"]}:
+        yield name, outcome, (f"{name}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
+                              f"threshold {limit:.4g}: {outcome}{few}\n")
+
+
+def claims(records, verdict, named=()):
+    """A line per claim. Where some are named, the others are only counted."""
+    found = list(outcomes(records, verdict))
+    if missing := set(named) - {name for name, _, _ in found}:
         raise ValueError(f"no claim named {', '.join(sorted(missing))}")
+    lines = [f"- {line}" for name, _, line in found if not named or name in named]
+    others = sorted(outcome for name, outcome, _ in found if named and name not in named)
     if others:
-        lines.append(f"- the other claims: {', '.join(f'{n} {outcome}' for outcome, n in sorted(others.items()))}\n")
+        counts = (f"{others.count(outcome)} {outcome}" for outcome in dict.fromkeys(others))
+        lines.append(f"- the other claims: {', '.join(counts)}\n")
     return "".join(lines)
 
 
-def hash_now(script, argv):
+def failed(keys, root):
+    """A line for each claim of the records of these keys that does not hold, the script in front."""
+    lines = []
+    for key in keys:
+        records, script = read(key, root)
+        name, old = records[0]["script"], "**STALE** " if stale(records, script) else ""
+        lines += [f"- {old}[{name}.py]({name}.py), {key.partition('-')[2]}, {line}"
+                  for _, outcome, line in outcomes(records, script.verdict) if outcome == "DOES NOT HOLD"]
+    return "".join(lines) or "None.\n"
+
+
+@functools.cache
+def hash_now(script, *argv):
     """The method hash that a run with these flags would have; "" where the script no longer takes them."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return script.method_hash(script.cli(script.Config, script.SCALES, argv))
+            return script.method_hash(script.cli(script.Config, script.SCALES, list(argv)))
     except SystemExit:
         return ""
 
@@ -122,7 +147,7 @@ def commands(records):
 
 def stale(records, script):
     """Have the settings or sections 2 to 6 changed since one of the records was made?"""
-    return any(r["method_hash"] != hash_now(script, r["argv"]) for r in records)
+    return any(r["method_hash"] != hash_now(script, *r["argv"]) for r in records)
 
 
 def source(records, script):
@@ -170,18 +195,36 @@ def render(key, columns, named, root):
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
 
+def dry_run(script, flags, root):
+    """What the script prints about a run that it does not start, in an empty directory: the lines with a number, but
+    for those that tell of this machine."""
+    said = io.StringIO()
+    if "--dry-run" not in flags:
+        raise ValueError("the command has no --dry-run")
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                load(root / script).main(shlex.split(flags))
+    except (SystemExit, FileNotFoundError) as error:
+        raise ValueError(said.getvalue().strip() or str(error)) from error
+    return "".join(line + "\n" for line in said.getvalue().splitlines()
+                   if re.search(r"\d", line) and not re.search("measured|this machine", line))
+
+
 def generate(text, root):
     """README with its regions filled, and one line per mistake in a region or a record's name or use."""
-    mistakes, used = [], set()
+    mistakes, used, filled = [], set(), set()
 
     def fill(match):
         used.add(match[2])
         try:
             columns, named = (re.split(", *", x) if x else [] for x in (match[3], match[4]))
-            return match[1] + render(match[2], columns, named, root) + match[5]
+            body = render(match[2], columns, named, root)
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
+        filled.add(match[2])
+        return match[1] + body + match[5]
 
     def fill_summary(match):
         try:
@@ -190,9 +233,21 @@ def generate(text, root):
             mistakes.append(f"summary: {error}")
             return match[0]
 
+    def fill_failed(match):
+        return f"{match[1]}\n{failed(sorted(filled), root)}\n{match[2]}"
+
+    def fill_dry_run(match):
+        try:
+            return f"{match[1]}\n```\n{dry_run(match[3], match[4], root)}```\n\n{match[5]}"
+        except ValueError as error:
+            mistakes.append(f"dry run {match[2]}: {error}")
+            return match[0]
+
     new = SUMMARY.sub(fill_summary, REGION.sub(fill, text))
-    if not text.count("<!-- results") == text.count("<!-- end results") == len(REGION.findall(text)):
-        mistakes.append("README.md has a result region that is not well formed")
+    new = DRY_RUN.sub(fill_dry_run, FAILED.sub(fill_failed, new))
+    for name, form in {"results": REGION, "summary": SUMMARY, "failed claims": FAILED, "dry-run": DRY_RUN}.items():
+        if not text.count(f"<!-- {name}") == text.count(f"<!-- end {name}") == len(form.findall(text)):
+            mistakes.append(f"README.md has a region of {name} that is not well formed")
     for path in sorted({*(root / "results").glob("*.json")} - {root / "results" / "peers.json"}):
         if path.stem != "{script}-{task}-{scale}-{tag}-s{seed}".format(**json.loads(path.read_text())):
             mistakes.append(f"results/{path.name}: the name is not that of the record in it")
@@ -203,7 +258,7 @@ def generate(text, root):
 
 def refused(text, root):
     """One line for each command in README that its script's own parser does not take."""
-    for name, rest in COMMAND.findall(text.replace("\\\n", " ")):
+    for name, rest in dict.fromkeys(COMMAND.findall(text.replace("\\\n", " ").replace(" -->", "\n"))):
         argv, said = ["0" if word == "S" else word for word in shlex.split(rest)], io.StringIO()
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -214,6 +269,7 @@ def refused(text, root):
                 yield f"README: python {name} {rest.strip()}: {said.getvalue().strip() or error}"
 
 
+@mock.patch.object(inspect, "getsource", functools.cache(inspect.getsource))  # of Config, for each command
 def main(argv, root=ROOT):
     """Fill README with --write, else compare; prints the mistakes and returns the exit status."""
     text = (root / "README.md").read_text()

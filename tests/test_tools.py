@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
 """The test tools themselves: conftest.py, blocks.py, readme.py and mutate.py, on small invented scripts."""
+import doctest
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import mutate
 import peers
 import pytest
 import readme
+import style
 
 # Ten steps of a sum, saved after each one. FORGET makes --resume lose the sum, as a broken checkpoint would.
 COUNTER = '''
@@ -142,7 +146,7 @@ def test_blocks_copy_makes_them_identical(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    (block("cli", "a = 1\n" * 23), "has 23 lines, its limit is 22"),
+    (block("cli", "a = 1\n" * 31), "has 31 lines, its limit is 30"),
     (block("own", "a = 1\n"), "its limit is 0"),
     ("# --- block: cli ---\na = 1\n", "pair up"), ("# --- end block ---\n", "pair up"),
     (block("cli", "a = 1\n") + block("cli", "a = 2\n"), "differs")])
@@ -162,6 +166,14 @@ def cli(cls, scales, argv):
     if "--bad" in argv:
         raise SystemExit(2)
     return "h1"
+def main(argv):
+    import os, pathlib, sys
+    pathlib.Path("made").write_text("")
+    print(f"{1000:,} parameters of {argv[0]}", "no number here", "3 s a step, measured", sep=chr(10))
+    print(f"{len(os.listdir())} file")
+    if "--fails" in argv:
+        print("error: --fails: not here", file=sys.stderr)
+        raise SystemExit(2)
 '''
 REGION = "Text\n<!-- results: toy-t-small-main columns: nll, acc x -->\nformer\n<!-- end results -->\nEnd\n"
 
@@ -267,12 +279,120 @@ def test_readme_summary(repository, capsys):
         assert readme.main(["--write"], repository) == 1 and "summary: toy-t-small-main" in capsys.readouterr().out
 
 
+def test_readme_lists_the_claims_that_fail(repository):
+    """Over seeds 1, 2, 3 the interval is [-0.48, 4.48]: above -1, around 0, below 5; the script in front."""
+    kinds = dict(above=-1.0, around=0.0, below=5.0)
+    for seed in range(3):
+        some = [{"id": name, "statistic": 1.0 + seed, "ci": [0.0, 9.0], "threshold": t} for name, t in kinds.items()]
+        edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=some)
+    code = SCRIPT.replace('else "INC', 'else "DOES NOT HOLD" if ci[1] < threshold else "INC')
+    (repository / "toy.py").write_text(code)
+    (repository / "README.md").write_text(REGION + "<!-- failed claims -->\nformer\n<!-- end failed claims -->\n")
+    assert readme.main([], repository) == 1
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    found = (repository / "README.md").read_text().split("<!-- failed claims -->")[1]
+    assert found == ("\n\n- [toy.py](toy.py), t-small-main, below: 2, 95 % interval over seeds [-0.4843, 4.484], "
+                     "threshold 5: DOES NOT HOLD\n\n<!-- end failed claims -->\n")
+    edit(repository / "results" / "toy-t-small-main-s1.json", method_hash="h0")
+    assert readme.main(["--write"], repository) == 0
+    assert "\n- **STALE** [toy.py](toy.py), t-small-main, below" in (repository / "README.md").read_text()
+
+
+def test_readme_dry_run(repository, capsys):
+    """Lines with a number, in an empty directory; not what was measured. No --dry-run or an error: a mistake."""
+    region = "<!-- dry-run: python toy.py --x --dry-run -->\nformer\n<!-- end dry-run -->\n"
+    (repository / "README.md").write_text(REGION + region)
+    assert readme.main([], repository) == 1
+    assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "--dry-run -->\n\n```\n1,000 parameters of --x\n1 file\n```\n\n<!-- end dry-run -->\n" in text
+    assert not (repository / "made").exists() and not Path("made").exists()
+    for flags, words in (("--x", "the command has no --dry-run"), ("--fails --dry-run", "error: --fails: not here")):
+        (repository / "README.md").write_text(REGION + region.replace("--x --dry-run", flags))
+        assert readme.main(["--write"], repository) == 1 and words in capsys.readouterr().out
+        assert "former" in (repository / "README.md").read_text()
+
+
+def test_readme_dry_runs_do_not_depend_on_the_machine(monkeypatch, one_thread):
+    """On eight cores README's dry runs print what stands there, which was written on fewer."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    text = (readme.ROOT / "README.md").read_text()
+    for region, _, script, flags, _ in readme.DRY_RUN.findall(text):
+        printed = readme.dry_run(script, flags, readme.ROOT)
+        assert printed and f"{region}\n```\n{printed}```\n\n<!-- end" in text, flags
+
+
 def test_interval_uses_the_t_quantile_beyond_the_table():
     """t(0.975, 11) = 2.200985 and t(0.975, 29) = 2.045230 in printed tables."""
     for n, t in ((12, 2.200985), (30, 2.045230)):
         values = [0.0, 1.0] * (n // 2)
         expected = t * (n / (4 * (n - 1))) ** 0.5 / n**0.5
         assert readme.half_width(values) == pytest.approx(expected, rel=2e-3)
+
+
+# ---------------------------------------------------------------- style.py
+MEASURED = '''"""Of a paper.
+Eq. 3 is (B, L, d)."""
+import json
+import torch
+from kernels import f
+# ---------------------------------------------------------------- 3. Model
+def a(x):
+    """x (B, L, d) and (B,), not (see there, please). (our choice)"""
+    # why
+    assert x
+    if x:
+        return 1
+    elif f:
+        for y in x:
+            return y  # (2^n, T)
+# --- block: cli ---
+class B:
+    def b(self): return ("(C, D)", "# no comment")
+# --- end block ---
+# ---------------------------------------------------------------- 5. Evaluation
+''' + "z = 1" + 120 * " " + "# (E, F) Alg. 2\n"
+
+
+def test_style_counts(tmp_path, capsys):
+    """21 lines, 4 of them in a block; 9 lines of code in section 3 with 3 shapes, 13 in all with 3 comments."""
+    (tmp_path / "tiny.py").write_text(MEASURED)
+    style.main(tmp_path)
+    names, row = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert dict(zip(names, row, strict=True)) == dict(
+        script="tiny", lines="21", outside="17", functions="2", median="5", longest="9", nesting="3", wide="1",
+        comments="23", tags="3", shapes="33", asserts="1", imports="1")
+
+
+# ---------------------------------------------------------------- README's exercises
+def exercises():
+    """Script -> its part of the reading path."""
+    text = (readme.ROOT / "README.md").read_text().split("\n## A reading path\n")[1].split("\n## ")[0]
+    parts = re.split(r"^### \[(\w+)\.py\].*$", text, flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def test_readme_has_exercises_for_each_script():
+    scripts = {path.stem for path in readme.ROOT.glob("*.py")}
+    assert exercises().keys() <= scripts and scripts - exercises().keys() <= {"toolflow"}  # which is new
+
+
+@pytest.mark.parametrize("name", exercises())
+def test_readme_exercises(name, one_thread):
+    """Three questions, each with an answer of up to four lines of Python that is right when it is pasted alone."""
+    answers = re.findall(r"<summary>answer</summary>\n\n```python\n(>>> .*?\n)```\n", exercises()[name], re.S)
+    assert len(answers) == exercises()[name].count("```python") == 3
+    for answer in answers:
+        test, said = doctest.DocTestParser().get_doctest(answer, {}, name, "README.md", 0), []
+        assert test.examples[-1].want and len(re.findall("^>>> ", answer, re.M)) <= 4
+        assert doctest.DocTestRunner().run(test, out=said.append).failed == 0, "".join(said)
+
+
+def test_readme_as_a_doctest(one_thread):
+    """What `python -m doctest README.md` does."""
+    found = doctest.testfile(str(readme.ROOT / "README.md"), module_relative=False)
+    assert found.failed == 0 and found.attempted >= 6 * len(exercises())
 
 
 # ---------------------------------------------------------------- mutate.py
