@@ -10,8 +10,8 @@ Li, Gao, Wang, Pi, Zhao, Wu, Jiang, Li, Kong, ICLR 2025, arXiv 2410.16736
 A proposer writes questions, a target answers them. Those that the target fails at are what the proposer shall prefer:
 it is trained by DPO, again and again, until it writes what the target cannot do. The target is then tuned on that.
 
-  python reversegen.py                      # 9 min on a shared core; blind spots: 77 % right, 66 with more data,
-                                            # 78 by filtering without training (9 targets)
+  python reversegen.py                      # 6 min on one core; blind spots: 61 % right, 54 with more data,
+                                            # 64 by filtering without training (9 targets)
   python reversegen.py --task honesty       # failure: answers that disagree; tuned to say when it is not sure
   python reversegen.py --scale long         # rarer blind spots, more rounds, five targets; --resume goes on
   python reversegen.py --target DIR --targets 1 --arms 4    # what a chat model fails at, as JSONL; or https://h/v1#NAME

@@ -4,7 +4,7 @@
 
 python tests/readme.py          # one line per difference or mistake, status 1 when there is one
 python tests/readme.py --write  # fill the regions first
-A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b claims: c, d -->` (columns and claims may be
+A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b rows: c claims: d -->` (the last three may be
 left out) and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json. Where claims are
 named the others are counted by their verdicts. The one table of all scripts stands between `<!-- summary` and
 `<!-- end summary -->`; a line `SCRIPT-TASK-SCALE-TAG | claim | our measure | the baseline's measure` makes a row.
@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: claims: (.*?))? -->\n).*?"
+REGION = re.compile(r"(<!-- results: (\S+)(?: \[?columns: (.*?)\]?)?(?: rows: (.*?))?(?: claims: (.*?))? -->\n).*?"
                     r"(<!-- end results -->)", re.S)
 SUMMARY = re.compile(r"(<!-- summary\n(.*?)-->\n).*?(<!-- end summary -->)", re.S)
 FAILED = re.compile(r"(<!-- failed claims -->\n).*?(<!-- end failed claims -->)", re.S)
@@ -64,7 +64,7 @@ def cell(values, n):
     return f"{mean:.{digits}f} ± {spread:.{digits}f}{few}"
 
 
-def table(records, columns):
+def table(records, columns, arms=()):
     """Rows are arms, columns are measures: the named ones, else all. An arm with none of them has no row."""
     values = {}
     for record in records:
@@ -74,7 +74,10 @@ def table(records, columns):
     if missing := set(columns) - {what for _, what in values}:
         raise ValueError(f"no measure named {', '.join(sorted(missing))}")
     rows = [["arm", *columns], ["---"] * (len(columns) + 1)]
-    for arm in dict.fromkeys(arm for arm, what in values if what in columns):
+    found = list(dict.fromkeys(arm for arm, what in values if what in columns))
+    if missing := set(arms) - set(found):
+        raise ValueError(f"no row named {', '.join(sorted(missing))}")
+    for arm in arms or found:
         row = (values.get((arm, what)) for what in columns)
         rows.append([arm, *(cell(v, len(records)) if v else "" for v in row)])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -188,10 +191,10 @@ def summary(lines, root):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def render(key, columns, named, root):
+def render(key, columns, arms, named, root):
     """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
     records, script = read(key, root)
-    parts = table(records, columns), claims(records, script.verdict, named), source(records, script)
+    parts = table(records, columns, arms), claims(records, script.verdict, named), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
 
@@ -218,13 +221,13 @@ def generate(text, root):
     def fill(match):
         used.add(match[2])
         try:
-            columns, named = (re.split(", *", x) if x else [] for x in (match[3], match[4]))
-            body = render(match[2], columns, named, root)
+            columns, arms, named = (re.split(", *", x) if x else [] for x in match.groups()[2:5])
+            body = render(match[2], columns, arms, named, root)
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
         filled.add(match[2])
-        return match[1] + body + match[5]
+        return match[1] + body + match[6]
 
     def fill_summary(match):
         try:

@@ -221,12 +221,20 @@ def test_readme_says_stale_and_takes_the_interval_of_a_single_run(repository):
 
 @pytest.mark.parametrize("readme_text, words", [
     (REGION + "`python toy.py --bad`\n", "--bad"), (REGION + "`python gone.py`\n", "gone.py"),
-    (REGION.replace("nll", "speed"), "no measure named speed"), ("nothing", "no region of README uses it"),
+    (REGION.replace("nll", "speed"), "no measure named speed"),
+    (REGION.replace("acc x", "acc x rows: z"), "no row named z"), ("nothing", "no region of README uses it"),
     (REGION.replace("main", "other"), "there is no results/toy-t-small-other"),
     (REGION.replace("<!-- end results -->", ""), "not well formed")])
 def test_readme_mistakes(repository, capsys, readme_text, words):
     (repository / "README.md").write_text(readme_text)
     assert readme.main(["--write"], repository) == 1 and words in capsys.readouterr().out
+
+
+def test_readme_rows(repository):
+    (repository / "README.md").write_text(REGION.replace("acc x -->", "acc x rows: b -->"))
+    assert readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert "| b | 0.1 |  |\n" in text and "| a |" not in text
 
 
 def test_readme_refuses_a_misnamed_record_and_two_thresholds(repository, capsys):
@@ -269,7 +277,8 @@ def test_readme_summary(repository, capsys):
     (repository / "README.md").write_text(REGION + spec)
     assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
     row = (repository / "README.md").read_text().splitlines()[-3]
-    assert row == ("| [toy.py](toy.py) | c1 | 2.0 ± 1.0 (a/nll) | 0.1 (b/nll) | HOLDS | `python toy.py --seed S` | 2.0 "
+    assert row == ("| [toy.py](toy.py) | c1 | 2.0 ± 1.0 (a/nll) | 0.1 (b/nll) | HOLDS "
+                   "| `python toy.py --seed S` | 2.0 "
                    "| [n = 3](results/toy-t-small-main-s0.json) |")
     edit(repository / "results" / "toy-t-small-main-s0.json", method_hash="h0")
     assert readme.main(["--write"], repository) == 0
