@@ -7,9 +7,9 @@
 """toolflow.py: ToolFlow: Boosting LLM Tool-Calling Through Natural and Coherent Dialogue Synthesis
 Wang, Zeng, Liu, Li, Wang, Shang, Jiang, Liu, Wong, NAACL 2025, arXiv 2410.18447
 
-Tools whose parameters and returns mean the same are joined in a graph. A dialogue is about tools along a walk on it, and
-follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues shall use
-the history better than one trained on as many tokens about random tools without a plan.
+Tools whose parameters and returns mean the same are joined in a graph. A dialogue is about tools along a walk on it,
+and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
+shall use the history better than one trained on as many tokens about random tools without a plan.
 
 DOCSTRING_COMMANDS
 """
@@ -55,48 +55,44 @@ from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
+
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "world"  # world|graph|synth|sft|bfcl: all of it in a made world; a graph of real tools; dialogues for your tools; fine-tune --model on --data; score --model on BFCL
+    task: str = "world"  # world|graph|synth|sft|bfcl: all of it, made up; real tools' graph; dialogues; tuning; a score
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
-    arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes one
+    arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
     students: str = "neither,both"  # arms whose dialogues a student is trained on; "" = none
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # dialogues, first weights, order of training
-    data: str = ""  # graph and bfcl: folder of the unzipped package bfcl-eval; sft: JSONL in OpenAI's format
+    data: str = ""  # graph, bfcl: folder of the unzipped package bfcl-eval; sft: JSONL in OpenAI's format
     tools: str = ""  # synth, graph: file of tools (OpenAI, BFCL, or an MCP answer to tools/list); "" = the made world
-    # graph
     encoder: str = ""  # folder or hub id of all-MiniLM-L6-v2 or another BERT-type encoder; "" = hashed n-grams
     tau: float = 0.0  # cosine above which two tools are joined (paper: 0.82, of its encoder); 0 = by --degree
     degree: float = 6.0  # mean number of neighbours that tau is chosen for
-    walk: str = "pure"  # pure|last-added: may the walk move onto a tool it has
+    walk: str = "pure"  # pure|last-added: may the walk move onto a tool that it has
     n_tools: str = "3-6"  # fewest-most tools of a dialogue (not stated in the paper)
     show_graph: str = ""  # file .svg or .png to draw the graph and one walk to
-    # teacher
-    teacher: str = "sim"  # sim, an endpoint https://host/v1, or the folder of a checkpoint
-    model: str = ""  # endpoint: names a,b,c of which one is drawn for each dialogue; sft, bfcl: folder or hub id
+    teacher: str = ""  # synth: an endpoint https://host/v1
+    model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: folder or hub id
     dialogues: int = 8000  # synth: how many, kept or not (paper: 8000)
-    turns: str = "3-5"  # fewest-most requests of a dialogue (the paper's example has 5)
-    budget: int = 10_000_000  # synth: tokens of an endpoint after which nothing more is asked
-    workers: int = 8  # requests at a time
-    replies: str = ""  # folder of an endpoint's replies, none of which is paid for twice; "" = OUT/replies
+    budget: int = 10_000_000  # synth: tokens after which no dialogue is begun
+    workers: int = 8  # synth: requests at a time
+    replies: str = ""  # synth: folder of replies, none of which is paid for twice; "" = OUT/replies
     part: int = 100  # dialogues that are made, and written to the file, at a time
-    # data and students
     tokens: int = 300_000  # kept tokens of each arm (paper: 8M)
     n_test: int = 200  # held-out dialogues; bfcl: items of each category
     n_layer: int = 3  # layers of a student
     n_head: int = 4  # its attention heads
     n_embd: int = 96  # its width
-    steps: int = 600  # optimizer steps, of all students alike
+    base_steps: int = 400  # optimizer steps of the base on single requests, from which all students start
+    steps: int = 200  # optimizer steps, of all students alike
     batch_size: int = 4  # packed lines of a step (not stated in the paper)
     micro_batch: int = 4  # lines that are in memory at once
     seq_len: int = 512  # tokens of a line, and most of a dialogue
     lr: float = 4e-3  # peak learning rate (not stated in the paper)
-    weight_decay: float = 0.1  # of matrices
     lora_rank: int = 0  # sft: rank of LoRA in all linear layers; 0 = all weights are learned
     max_new: int = 80  # most tokens of an answer
-    # machine and running
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
     kernels: bool = False  # Triton kernels simgraph, token_logp (cuda only; compared with PyTorch at first use)
@@ -107,54 +103,45 @@ class Config:
     dry_run: bool = False  # print parameters, tokens, cost and hours, and stop
 
     def __post_init__(self):
-        arms, students = self.arms.split(","), [arm for arm in self.students.split(",") if arm]
-        if not set(arms) <= ARMS.keys() or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
-        if self.task == "world" and (not set(students) <= set(arms) or len(set(students)) < len(students)):
-            fail(f"--students {self.students}: a comma list out of --arms {self.arms}, or nothing")
+        for name, known in dict(arms=list(ARMS), students=self.arms.split(",")).items():
+            named = [arm for arm in getattr(self, name).split(",") if arm or name == "arms"]
+            if not set(named) <= set(known) or len(set(named)) < len(named):
+                fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
         for name, value in vars(self).items():
-            low, high = LEAST.get(name, 1), dict(tau=1).get(name, math.inf)
+            low, high = dict(seed=0, tau=0, lora_rank=0, lr=0, degree=0).get(name, 1), 1 if name == "tau" else math.inf
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
-        for name in ("n_tools", "turns"):
-            low, dash, high = getattr(self, name).partition("-")
-            if not (dash and low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high) <= 12):
-                fail(f"--{name.replace('_', '-')} {getattr(self, name)}: must look like 3-6, from 1 to 12")
+        if not re.fullmatch(r"\d-\d", self.n_tools) or not 1 <= int(self.n_tools[0]) <= int(self.n_tools[2]):
+            fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
         if self.n_embd % (2 * self.n_head):
             fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}")
-        if self.walk not in ("pure", "last-added"):
-            fail(f"--walk {self.walk}: pure or last-added")
         if self.show_graph and not re.search(r"\.(svg|png)$", self.show_graph):
             fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
-        self.check_task(arms)
-
-    def check_task(self, arms):
-        need = dict(synth=("tools", "teacher"), sft=("data", "model"), bfcl=("data", "model")).get(self.task, ())
-        if missing := [name for name in need if not getattr(self, name)]:
-            fail(f"--task {self.task}: needs {' and '.join('--' + name for name in missing)}")
-        if self.task == "synth" and (self.teacher == "sim" or len(arms) > 1):
-            fail("--task synth: one arm (--arms both), and --teacher https://host/v1 or a folder; sim knows its own tools")
-        if self.task == "synth" and re.match("https?://", self.teacher) and not self.model:
-            fail("--task synth: --model a,b,c names the models of the endpoint")
+        need = dict(synth=("tools", "teacher", "model"), sft=("data", "model"), bfcl=("data", "model"))
+        if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
+            fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
+        for name in ("data", "tools"):
+            if (path := getattr(self, name)) and not Path(path).exists():
+                fail(f"--{name} {path}: no such file or folder")
 
 
-LEAST = dict(seed=0, tau=0, lora_rank=0, weight_decay=0, lr=1e-9, degree=0.1)
-ARMS = {  # (is the subset a walk on the graph, is there a plan)
+ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
     "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, steps=6, seq_len=640, part=20, log_every=2, save_every=3,
+    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, seq_len=640, part=20, save_every=3,
                   dialogues=4, max_new=12),
-    "small": {}, "small:synth": dict(arms="both"),
-    "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
+    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=1024, steps=200, max_new=200),
+    "small:bfcl": dict(max_new=200), "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
     "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
-                  weight_decay=0.0, max_new=512, arms="both", students="", workers=32),
+                  max_new=512, workers=32),
 }
 TRIED = 4  # settings of the students that were looked at, on seed 7 and alike for all arms
 ROLES = "system", "user", "assistant", "tool"
 
+
 # ---------------------------------------------------------------- 2. Data
-# The world of the teacher `sim`. Tools are about things; parameters and returns are of kinds, and what is of one kind
-# composes. The graph and the student see names and descriptions only.
+# The made world. Tools are about things; parameters and returns are of kinds, and what is of one kind composes. The
+# graph and the student see names and descriptions only.
 HEADS = {  # shape of a thing: what it is. A thing is a pair of words such as "river hotel"
     "stay": "hotel hostel cabin villa museum house", "trip": "flight train ferry bus tram",
     "good": "laptop lamp chair camera watch bike", "help": "doctor dentist plumber painter tutor guide",
@@ -178,26 +165,26 @@ SHAPES = {  # shape: tools as "verb: parameters -> returns", ? is optional; N is
             "message: person topic -> time", "transfer: person amount -> balance",
             "route: origin destination -> minutes"],
 }
-VERBS = {  # verb: names of tools; what a user wants to do, the last only in dialogues of the held-out split
-    "find": ("find search lookup", "find a N|look for a N|search for a N|get me a N"),
-    "reserve": ("reserve book", "reserve the N|book the N|make a booking of the N|hold the N"),
-    "cancel": ("cancel drop", "cancel my N|call off the N|stop my N|drop the N"),
-    "describe": ("describe inspect", "tell me about the N|describe the N|check the N|look at the N"),
-    "review": ("review rate", "review the N|rate the N|leave stars about the N|give the N stars"),
-    "order": ("order purchase", "order the N|have the N sent|purchase the N|send me the N"),
-    "track": ("track trace", "track my N|trace the N|see where my N is|follow my N"),
-    "appoint": ("appoint schedule", "see a N|make a visit to the N|schedule a N|meet a N"),
-    "move": ("move shift", "move my N visit|shift the N visit|put off the N visit|change the N visit"),
-    "buy": ("buy get", "buy seats at the N|get seats at the N|take seats at the N|find seats at the N"),
-    "write": ("write create", "write a N|create a N|make a new N|set up a N"),
-    "send": ("send forward", "send the N|forward the N|pass on the N|give the N away"),
-    "settle": ("settle pay", "settle the N|pay the N|pay off the N|take care of the N"),
-    "weather": ("weather", "know the weather|hear about the weather|check the weather|see the weather"),
-    "convert": ("convert", "convert money|change money|see what money is worth|get money"),
-    "remind": ("remind", "set up a reminder|be told in time|create a reminder|have a reminder"),
-    "message": ("message", "send a message|write a message|leave a message|get a message out"),
-    "transfer": ("transfer", "transfer money|send money|move money|pass on money"),
-    "route": ("route", "find a way|know the way|plan a way|see the way"),
+VERBS = {  # verb: names of tools; what a user wants to do
+    "find": ("find search lookup", "find a N|look for a N|search for a N"),
+    "reserve": ("reserve book", "reserve the N|book the N|make a booking of the N"),
+    "cancel": ("cancel drop", "cancel my N|call off the N|stop my N"),
+    "describe": ("describe inspect", "tell me about the N|describe the N|check the N"),
+    "review": ("review rate", "review the N|rate the N|leave stars about the N"),
+    "order": ("order purchase", "order the N|have the N sent|purchase the N"),
+    "track": ("track trace", "track my N|trace the N|see where my N is"),
+    "appoint": ("appoint schedule", "see a N|make a visit to the N|schedule a N"),
+    "move": ("move shift", "move my N visit|shift the N visit|put off the N visit"),
+    "buy": ("buy get", "buy seats at the N|get seats at the N|take seats at the N"),
+    "write": ("write create", "write a N|create a N|make a new N"),
+    "send": ("send forward", "send the N|forward the N|pass on the N"),
+    "settle": ("settle pay", "settle the N|pay the N|pay off the N"),
+    "weather": ("weather", "know the weather|hear about the weather|check the weather"),
+    "convert": ("convert", "convert money|change money|see what money is worth"),
+    "remind": ("remind", "set up a reminder|be told in time|create a reminder"),
+    "message": ("message", "send a message|write a message|leave a message"),
+    "transfer": ("transfer", "transfer money|send money|move money"),
+    "route": ("route", "find a way|know the way|plan a way"),
 }
 KIND = dict(origin="city", destination="city", delivery_date="date") | dict.fromkeys(
     "price total refund budget balance".split(), "amount")  # of a parameter or return, where it is not its name
@@ -214,8 +201,9 @@ BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {
     "said": ("the same {};the same {} as before;the {} i told you;the {} from before;my {} from before;the {} i gave;"
              "the {} i said;the same {} again;the {} we had;the {} i gave before;once more the {};the {} of before",
              "the {} i told you before;again the same {}"),
-    "returned": ("that {};this {};the {} you found;the {} you told me;the {} you gave me;your {};the {} from your answer;"
-                 "the {} you said;the {} you just found;the new {};the {} i got;the {} you got", "the {} you just gave me;that new {}"),
+    "returned": ("that {};this {};the {} you found;the {} you told me;the {} you gave me;your {};the {} of your answer;"
+                 "the {} you said;the {} you just found;the new {};the {} i got;the {} you got",
+                 "the {} you just gave me;that new {}"),
     "and": ("and then;and also;and after that;and;also;then;after that;next;and next;and please;and now;then please",
             "and then please;also please"),
     "missing": ("which {}?;what is the {}?;please tell me the {}.;i need the {}.;could you give me the {}?;"
@@ -226,11 +214,11 @@ BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {
     "done": ("done: {}.;here it is: {}.;all set: {}.;i did it: {}.;you have it: {}.;as you like: {}.;ready: {}.;"
              "that worked: {}.;good news: {}.;this is it: {}.;i have it: {}.;it worked: {}.",
              "it is done: {}.;here you have it: {}."),
-    "sorry": ("sorry, {}.;that did not work: {}.;i could not do it: {}.;no luck: {}.;it is not to be: {}.;sad news: {}.;"
+    "sorry": ("sorry, {}.;that did not work: {}.;i could not do it: {}.;no luck: {}.;it is not to be: {}.;bad news: {}.;"
               "not done: {}.;there is bad news: {}.;it did not work: {}.;i am sorry: {}.;that is not to be: {}.;"
               "it is not done: {}.", "sorry, it did not work: {}."),
     "chat": ("thank you, that is great.;how are you today?;i am so tired of work.;what a day it was.;"
-             "you are a great help.;do you like music?;i love the sea.;it is raining here again.;tell me something nice.;"
+             "you are a great help.;do you like music?;i love the sea.;it is raining again.;tell me something nice.;"
              "my dog is asleep.;i had too many meetings.;that was quick.;good morning to you.;work was so long today.",
              "you are so quick.;do you like the sea?;i had a long day.;it was a great morning."),
     "reply": ("you are welcome.;i am glad to hear that.;i am here to help.;that is nice.;tell me more.;i am well.;"
@@ -303,38 +291,44 @@ def library(unseen=False):
 
 TOPICS = sorted(" ".join(HEADS.values()).split())  # what messages are about
 
+
 # Tools of others: OpenAI, MCP and the Berkeley leaderboard (BFCL)
-FOREIGN = dict(dict="object", float="number", tuple="array", list="array", any=None)  # types of BFCL
+FOREIGN = dict(dict="object", float="number", tuple="array", any=None)  # types of BFCL; any: none is stated
 
 
 def normal_schema(schema):
     """A JSON schema with OpenAI's names of types, at any depth."""
     if not isinstance(schema, dict):
         return schema
-    out = {key: {name: normal_schema(value) for name, value in part.items()} if key == "properties" and isinstance(
-        part, dict) else normal_schema(part) if key == "items" else part for key, part in schema.items()}
-    if isinstance(out.get("type"), str) and (kind := out["type"].lower()) in FOREIGN:
-        out["type"] = FOREIGN[kind]
+    kind = schema.get("type")
+    kind = FOREIGN.get(kind, kind) if isinstance(kind, str) else kind
+    out = schema | dict(type=kind, items=normal_schema(schema.get("items")))
+    if isinstance(schema.get("properties"), dict):
+        out["properties"] = {name: normal_schema(part) for name, part in schema["properties"].items()}
     return {key: part for key, part in out.items() if part is not None}
 
 
 def normal_tool(raw, where):
-    """One tool in OpenAI's form, with its returns under "results" and, where it had to change, its "given_name"."""
+    """A tool in OpenAI's form, its returns under "results"; and under "given_name" its name, if OpenAI forbids that."""
     f = raw.get("function", raw) if isinstance(raw, dict) else {}
     name = f.get("name") if isinstance(f, dict) else None
     if not isinstance(name, str) or not name.strip():
         fail(f"{where}: a tool needs a text \"name\"")
-    parameters, results = (normal_schema(next((f[key] for key in keys if f.get(key)), {})) for keys in (
-        ("parameters", "inputSchema", "input_schema"), ("results", "response", "outputSchema")))
-    for key, part in (("parameters", parameters), ("results", results)):
+    schemas = [normal_schema(next((f[key] for key in keys.split() if f.get(key)), {})) for keys in (
+        "parameters inputSchema", "results response outputSchema")]
+    for part in schemas:
         properties = part.get("properties", {}) if isinstance(part, dict) else None
         if not isinstance(properties, dict) or not all(isinstance(p, dict) for p in properties.values()):
-            fail(f"{where}: {key} of {name!r} must be a JSON schema whose properties are objects")
-        if unknown := set(part.get("required", ())) - properties.keys():
-            fail(f"{where}: {key} of {name!r} require {', '.join(sorted(map(str, unknown)))}, which is no property")
+            fail(f"{where}: parameters and returns of {name!r} must be JSON schemas whose properties are objects")
+        if unknown := set(map(str, part.get("required", ()))) - properties.keys():
+            fail(f"{where}: {name!r} requires {', '.join(sorted(unknown))}, which is no property of it")
     function = dict(name=re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64], description=str(f.get("description") or ""),
-                    parameters=dict(type="object", properties={}) | parameters, results=results)
+                    parameters=dict(type="object", properties={}) | schemas[0], results=schemas[1])
     return dict(type="function", function=function | (dict(given_name=name) if function["name"] != name else {}))
+
+
+def name_of(tool):
+    return tool["function"].get("given_name", tool["function"]["name"])
 
 
 def read_json_lines(path):
@@ -343,62 +337,53 @@ def read_json_lines(path):
         text = path.read_text("utf-8")
         with contextlib.suppress(ValueError):
             return [(str(path), json.loads(text))]
-        rows = []
-        for n, line in enumerate(text.splitlines(), 1):
-            rows += [(f"{path} line {n}", json.loads(line))] if line.strip() else []
+        where, rows = str(path), []
+        for n, line in enumerate(text.split("\n"), 1):
+            where = f"{path} line {n}"
+            rows += [(where, json.loads(line))] if line.strip() else []
         return rows
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{path}{f' line {n}' if 'n' in locals() else ''}: no JSON or JSON lines: {error}")
+        fail(f"{where if 'where' in locals() else path}: no JSON or JSON lines: {error}")
 
 
 def load_tools(path):
-    """Tools of a file: a list, an MCP answer to tools/list, BFCL's documents or questions, one tool a line."""
+    """Tools of a file: a list, an MCP answer to tools/list, or lines with a tool or with BFCL's list of functions."""
     tools = []
     for where, value in read_json_lines(path):
         value = value.get("result", value) if isinstance(value, dict) else value
-        if isinstance(value, dict):
-            value = value["tools"] if "tools" in value else value["function"] if isinstance(
-                value.get("function"), list) else [value]
-        if not isinstance(value, list):
-            fail(f"{where}: must be a tool, or a list of tools")
-        tools += [normal_tool(raw, f"{where}, tool {i}") for i, raw in enumerate(value, 1)]
+        lists = [value.get(key) for key in ("tools", "function")] if isinstance(value, dict) else [value]
+        found = next((part for part in lists if isinstance(part, list)), [value])
+        tools += [normal_tool(raw, f"{where}, tool {i}") for i, raw in enumerate(found, 1)]
     return tools or fail(f"{path}: holds no tool")
 
 
-AST_FILES = "simple_python multiple parallel parallel_multiple live_simple live_multiple live_parallel " \
-            "live_parallel_multiple".split()
+AST_FILES = [live + kind for live in ("", "live_") for kind in ("simple", "multiple", "parallel", "parallel_multiple")]
 
 
 def bfcl_file(folder, name):
-    """Rows of a file of the package bfcl-eval, which is not part of this repository."""
-    found = sorted(folder.rglob(f"BFCL_v4_{name}.json"), key=lambda p: len(p.parts))
-    inner = [p for p in found if "possible_answer" in p.parts], [p for p in found if "possible_answer" not in p.parts]
-    if not (inner[0] and inner[1]):
-        fail(f"--data {folder}: has no BFCL_v4_{name}.json: fetch with `pip download bfcl-eval --no-deps` and unzip it")
-    answers = {row["id"]: row["ground_truth"] for _, row in read_json_lines(inner[0][0])}
-    return [(row, answers.get(row["id"])) for _, row in read_json_lines(inner[1][0])]
+    """[(row, its possible answers)] of a file of the package bfcl-eval, which is not part of this repository."""
+    name = "simple_python" if name == "simple" else name
+    found = sorted(folder.rglob(f"BFCL_v4_{name}.json"), key=lambda path: "possible_answer" in path.parts)
+    if len(found) != 2:
+        fail(f"--data {folder}: no BFCL_v4_{name}.json with answers: `pip download bfcl-eval --no-deps`, and unzip it")
+    rows, answers = ([row for _, row in read_json_lines(path)] for path in found)
+    truth = {row["id"]: row["ground_truth"] for row in answers}
+    return [(row, truth[row["id"]]) for row in rows]
 
 
 def bfcl_tools(folder):
     """All documents of multi-turn functions, {file: tools}, and of the other tools the first of each name."""
     docs = {path.stem: load_tools(path) for path in sorted(folder.rglob("multi_turn_func_doc/*.json"))}
-    names = {name_of(tool) for tools in docs.values() for tool in tools}
-    others = {}
-    for name in AST_FILES:
-        for row, _ in bfcl_file(folder, name):
-            for raw in row["function"]:
-                tool = normal_tool(raw, f"BFCL_v4_{name} {row['id']}")
-                others.setdefault(name_of(tool), tool)
+    names, others = {name_of(tool) for tools in docs.values() for tool in tools}, {}
+    for row, _ in (item for name in AST_FILES for item in bfcl_file(folder, name)):
+        for raw in row["function"]:
+            others.setdefault(raw["name"], normal_tool(raw, f"BFCL {row['id']}"))
     return docs, [tool for name, tool in others.items() if name not in names]
 
 
-def name_of(tool):
-    """The name that a tool's document gave."""
-    return tool["function"].get("given_name", tool["function"]["name"])
-
 # The student's tokens
-FRAGMENTS = ['<tool_call>\n{"name": "', '", "arguments": {"', '", "arguments": {', '"}}\n</tool_call>', '}}\n</tool_call>',
-             '<tool_response>\n{"', '"}\n</tool_response>', '}\n</tool_response>', "\n", '": "', '": ', '", "', ', "']
+FRAGMENTS = ['<tool_call>\n{"name": "', '", "arguments": {"', '", "arguments": {', '"}}\n</tool_call>',
+             '}}\n</tool_call>', '<tool_response>\n{"', '"}\n</tool_response>', '}\n</tool_response>', "\n", '": "', '": ', '", "', ', "']
 SIGNS, DIGITS, LETTERS = ".,?:_()#", "0123456789", "ABCDEFGHKX"
 PIECE = re.compile("|".join(re.escape(f) for f in sorted(FRAGMENTS, key=len, reverse=True))
                    + r"|[A-Z][a-z](?:[a-z]{2})*|[a-z]+|[A-Z0-9.,?:_()#]")
@@ -411,7 +396,7 @@ class Words:
     def __init__(self):
         texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
         texts += [" ".join(bank) for bank in BANKS.values()] + [forms for _, forms in VERBS.values()]
-        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS, "an tools with using by gone"]
+        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS, "an tools with using by"]
         words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
         heads, tails = [s.capitalize() for s in SYLLABLES], ["~" + s for s in SYLLABLES]
         self.words = [*ROLES, "<end>", *FRAGMENTS, *SIGNS, *DIGITS, *LETTERS, *heads, *tails, *words]
@@ -430,11 +415,12 @@ class Words:
         """The text: blanks stand between words, but not in a number, an id or a name."""
         text, last = "", ""
         for word in (self.words[i] for i in ids):
-            code = DIGITS + LETTERS + "#"
-            glue = (word[0] == "~" or word in FRAGMENTS or last in ("", "_", "(", *FRAGMENTS)
-                    or len(word) == 1 and (word in SIGNS.replace("#", "") or word in code and last and last in code + ":"))
+            code = word in DIGITS + LETTERS and last in DIGITS + LETTERS + "#:"
+            glue = word[0] == "~" or word in FRAGMENTS or last in ("", "_", "(", *FRAGMENTS)
+            glue = glue or len(word) == len(last) == 1 and code or word in ".,?:_()"
             text, last = text + " " * (not glue) + word.lstrip("~"), word
         return text
+
 
 # ---------------------------------------------------------------- 3. Model
 # --- block: decoder ---
@@ -560,6 +546,7 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, gener
     return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in new.tolist()]
 # --- end block ---
 
+
 # --- block: encoder ---
 def wordpieces(text, vocab, lower=True):
     """Ids of a text by BERT's rules: clean, cut at blanks and punctuation, then the longest known pieces of a word."""
@@ -637,28 +624,29 @@ class Encoder(nn.Module):
         return F.normalize((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
 # --- end block ---
 
+
 def student_shape(cfg, tok):
     return read_shape(dict(model_type="llama", hidden_size=cfg.n_embd, intermediate_size=8 * cfg.n_embd // 3 // 8 * 8,
                            num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
                            vocab_size=len(tok.words)))
 
+
 # ---------------------------------------------------------------- 4. Method (paper Sec. 2; else inferred, our choice)
-# The tool graph (Sec. 2.1)
+# The graph of tools (Sec. 2.1)
 def tool_texts(tools):
     """Texts "name: description" of all parameters and returns, the tool of each (K,), and which are returns (K,)."""
     rows = [(f"{name}: {p.get('description', '')}", i, part == "results")
             for i, tool in enumerate(tools) for part in ("parameters", "results")
             for name, p in tool["function"].get(part, {}).get("properties", {}).items()]
-    texts, owner, returns = map(list, zip(*rows)) if rows else ([], [], [])
-    return texts, torch.tensor(owner, dtype=torch.long), torch.tensor(returns, dtype=torch.bool)
+    texts, owner, returns = zip(*rows) if rows else ((), (), ())
+    return list(texts), torch.tensor(owner, dtype=torch.long), torch.tensor(returns, dtype=torch.bool)
 
 
 def hashed_ngrams(texts, size=1024):
-    """Unit rows (K, size): character 3- and 4-grams of a text, hashed and weighted by their rarity. Without --encoder
-    this stands for Sentence-BERT; its cosines mean something else, so tau does too. (our choice)"""
+    """Unit rows (K, size): character 3- and 4-grams of a text, hashed and weighted by rarity. Without --encoder this
+    stands for Sentence-BERT; its cosines mean something else, so tau does too. (our choice)"""
     x = np.zeros((len(texts), size), np.float32)
-    for row, text in zip(x, texts):
-        text = f" {text.lower()} "
+    for row, text in zip(x, (f" {text.lower()} " for text in texts)):
         for i, n in itertools.product(range(len(text) - 2), (3, 4)):
             row[zlib.crc32(text[i : i + n].encode()) % size] += 1
     x *= np.log((1 + len(x)) / (1 + (x > 0).sum(0))) + 0.1
@@ -667,116 +655,119 @@ def hashed_ngrams(texts, size=1024):
 
 def simgraph(x, owner, n, tau, returns, kernels=False, block=2048):
     """(n, n) bool: e_ij = 1 iff cos(p_i, p_j) > tau or cos(r_i, p_j) > tau or cos(p_i, r_j) > tau for a parameter p or
-    return r of each, i != j; x (K, d) unit rows, owner (K,) the tool of a row, returns (K,) bool."""
+    return r of each, i != j; x (K, d) unit rows, owner (K,) the tool of a row, returns (K,) bool. (Sec. 2.1)"""
     if kernels:
-        bits = load_kernel("simgraph")(x, owner, n, tau, returns)  # (n, ceil(n / 32)) int32
-        return (bits[:, :, None] >> torch.arange(32, device=bits.device) & 1).bool().flatten(1)[:, :n].cpu()
+        bits = load_kernel("simgraph")(x, owner, n, tau, returns).cpu()  # (n, ceil(n / 32)) int32
+        return (bits[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)[:, :n]
     edges = torch.zeros(n, n, dtype=torch.bool)
     for i, j in itertools.combinations_with_replacement(range(0, len(x), block), 2):
         a, b = slice(i, i + block), slice(j, j + block)
         near = (x[a] @ x[b].T > tau) & ~(returns[a, None] & returns[b])  # (block, block); two returns make no edge
-        s, t = near.nonzero().T.cpu()
+        s, t = near.nonzero().T
         edges[owner[a][s], owner[b][t]] = True
     return (edges | edges.T).fill_diagonal_(False)
 
 
-def best_cosine(x, owner, n, rows, columns):
-    """(n, n): the largest cosine between a text of tool i out of `rows` (K,) bool and one of j out of `columns`; -1 if
-    there is none."""
-    a, b = x[rows], x[columns]
-    best = torch.full((n, len(b)), -1.0).scatter_reduce_(0, owner[rows][:, None].expand(-1, len(b)), a @ b.T, "amax")
-    return torch.full((n, n), -1.0).scatter_reduce_(1, owner[columns].expand(n, -1), best, "amax")
-
-
 def pair_scores(x, owner, n, returns):
-    """Best cosines (n, n) of two parameters (PP) and, symmetric, of a return and a parameter (PR)."""
-    pr = best_cosine(x, owner, n, returns, ~returns)
-    return best_cosine(x, owner, n, ~returns, ~returns).fill_diagonal_(-1), torch.maximum(pr, pr.T).fill_diagonal_(-1)
+    """(n, n) each: the best cosine of two parameters (PP), and of a return and a parameter, either way (PR)."""
+    def best(rows):
+        s, columns = x[rows] @ x[~returns].T, owner[~returns].expand(n, -1)
+        s = torch.full((n, s.shape[1]), -1.0).scatter_reduce_(0, owner[rows, None].expand(-1, s.shape[1]), s, "amax")
+        s = torch.full((n, n), -1.0).scatter_reduce_(1, columns, s, "amax")
+        return torch.maximum(s, s.T).fill_diagonal_(-1)
 
-
-def choose_tau(scores, degree):
-    """The threshold at which a tool has `degree` neighbours on average."""
-    above = scores[torch.ones_like(scores, dtype=torch.bool).triu(1)].sort(descending=True).values
-    return float(above[min(len(above) - 1, round(degree * len(scores) / 2))])
+    return best(~returns), best(returns)
 
 
 def merge_tools(tools, embed):
-    """Tools without near-duplicates, which would be neighbours without being complements, and how many were merged:
-    the same name but for case and signs, or all parameters (> 0.95) and the descriptions (> 0.9) alike. (our choice)"""
-    kept, names = [], {re.sub(r"[\W_]", "", tool["function"]["name"].lower()): i for i, tool in reversed(list(enumerate(
-        tools)))}
-    first = [tools[i] for i in sorted(names.values())]
-    texts, owner, _ = tool_texts([dict(function=tool["function"] | dict(results={})) for tool in first])
-    about = embed([tool["function"].get("description", "") for tool in first])  # (n, d)
-    x, like = embed(texts) if texts else about[:0], (about @ about.T > 0.9).tril(-1)
-    rows = [(owner == i).nonzero()[:, 0] for i in range(len(first))]
-    for i, tool in enumerate(first):
-        def same(j):
-            near = x[rows[i]] @ x[rows[j]].T > 0.95  # (p_i, p_j)
-            return near.shape[0] == near.shape[1] and bool(near.any(0).all() and near.any(1).all())
-
-        if not any(j in kept and same(j) for j in like[i].nonzero()[:, 0].tolist()):
+    """Tools without near-duplicates, which would be neighbours and no complements, and how many those are: equal names
+    but for case and signs, or all parameters (> 0.95) and the descriptions (> 0.9) alike. (our choice)"""
+    named = {}
+    for tool in tools:
+        named.setdefault(re.sub(r"[\W_]", "", tool["function"]["name"].lower()), tool)
+    first, kept = list(named.values()), []
+    texts, owner, _ = tool_texts([dict(function=dict(tool["function"], results={})) for tool in first])
+    about = embed([tool["function"]["description"] for tool in first])  # (n, d)
+    x, like = embed(texts) if texts else about[:0], about @ about.T > 0.9
+    rows = [x[owner == i] for i in range(len(first))]
+    for i in range(len(first)):
+        alike = (rows[i] @ rows[j].T > 0.95 for j in kept if like[i, j] and len(rows[i]) == len(rows[j]))
+        if not any(near.any(0).all() and near.any(1).all() for near in alike):
             kept.append(i)
     return [first[i] for i in kept], len(tools) - len(kept)
 
 
 def components(edges):
     """The component (n,) of each node of a graph (n, n) bool, named by its smallest node."""
-    label = torch.arange(len(edges))
-    while True:
-        lowest = torch.where(edges, label, len(edges)).amin(1).minimum(label) if len(edges) else label
-        lowest = lowest[lowest]
-        if torch.equal(lowest, label):
-            return label
-        label = lowest
+    label, before = torch.arange(len(edges)), None
+    while before is None or not torch.equal(label, before):
+        before = label
+        label = torch.where(edges, label, len(edges)).amin(1).minimum(label)
+        label = label[label]
+    return label
 
 
 def walk(edges, n, rng, kind="pure", most=10_000):
     """n different nodes of a walk along edges (Alg. 1). pure: move to any neighbour; last-added: draw neighbours of the
     node that was added last. It starts only where n nodes can be reached, and raises if that is nowhere; a walk of
-    `most` steps (last-added can dead-end) starts anew, at most 100 times."""
+    `most` steps (last-added has dead ends) starts anew, at most 100 times."""
     label = components(edges)
     starts = (label.bincount(minlength=len(edges))[label] >= n).nonzero()[:, 0].tolist()
     if not starts:
-        raise ValueError(f"no component of the graph has {n} tools: lower tau or the number of tools")
-    neighbours = functools.cache(lambda i: edges[i].nonzero()[:, 0].tolist())
+        raise ValueError(f"no component of the graph has {n} tools: lower --tau, or --n-tools")
     for _ in range(100):
         node = rng.choice(starts)  # Alg. 1 l.1
         found = [node]
         for _ in range(most):
             if len(found) == n:  # Alg. 1 l.3
                 return found
-            drawn = rng.choice(neighbours(node))  # Alg. 1 l.2
+            drawn = rng.choice(edges[node].nonzero()[:, 0].tolist())  # Alg. 1 l.2
             node = drawn if kind == "pure" or drawn not in found else node
             found += [drawn] * (drawn not in found)
-    raise ValueError(f"no walk found {n} tools in 100 times {most} steps")
+    raise ValueError(f"100 walks of {most} steps did not meet {n} tools")
 
 
-# Agents (Sec. 2.3). What a language model is asked, and how its reply is read; a reply that cannot be read is asked
-# for again, three times at most. All replies are JSON, so one that was cut off is noticed.
-PLAN = """Plan a conversation in which a user asks an assistant for {n} things, one after another. The assistant has these
-tools:
-{tools}
-Rules: never name a tool, say what the user needs. Each request follows from the ones before it: it uses something that was
-said or found earlier. Some requests need several tools or calls. One or more may be small talk that needs no tool.
-Reply with a JSON list of {n} objects {{"type": "tool" or "chitchat", "request": "what the user wants"}} and nothing else."""
+def build_graph(cfg, tools, embed):
+    """Edges (n, n) of a list of tools. Where tau is not given it is as dense as --degree says."""
+    texts, owner, returns = tool_texts(tools)
+    x, tau, n = embed(texts), cfg.tau, len(tools)
+    if not tau:
+        best = torch.maximum(*pair_scores(x, owner, n, returns))[torch.ones(n, n, dtype=torch.bool).triu(1)]
+        tau = float(best.sort(descending=True).values[min(len(best) - 1, round(cfg.degree * n / 2))])
+    edges = simgraph(x, owner, n, tau, returns, cfg.kernels)
+    degree, sizes = edges.sum(1), sorted(components(edges).bincount().tolist())
+    print(f"graph: {n} tools, {len(texts)} texts ({sum(text.endswith(': ') for text in texts)} without a description), "
+          f"tau {tau:.3f}, {int(degree.sum()) // 2} edges, {int((degree == 0).sum())} isolated, mean degree "
+          f"{degree.float().mean():.1f}, largest components {sizes[:-4:-1]}")
+    return edges
+
+
+def subset(cfg, edges, graph, i):
+    """The tools of dialogue i: a walk, or equally many at random."""
+    rng = random_of("subset", cfg.seed, i)
+    n = rng.randint(int(cfg.n_tools[0]), int(cfg.n_tools[2]))
+    return walk(edges, n, rng, cfg.walk) if graph else rng.sample(range(len(edges)), n)
+
+
+# Agents (Sec. 2.3): what a language model is asked, and how its reply is read. All replies are JSON, so that one that
+# was cut off is noticed; a reply that cannot be read is asked for again, three times at most.
+PLAN = """Plan a conversation in which a user asks an assistant for {n} things, one after another. The assistant has the
+tools\n{tools}
+Never name a tool: say what the user needs. Each request follows from those before it and uses what was said or found
+there. Some requests need several tools, or several calls. Some are small talk that needs no tool.
+Reply with a JSON list of {n} objects {{"type": "tool" or "chitchat", "request": "..."}} and nothing else."""
 USER = """You play a user who talks to an assistant. {task}
-The conversation so far:
-{history}
-Reply with JSON and nothing else: {form}. "done": has the assistant finished your current request? If it asked you
-something, it has not: answer it. Never name a tool."""
-WITH_PLAN = "Your requests, in this order:\n{plan}\nYou are at request {k}. When it is done, write request {next}."
+The conversation so far:\n{history}
+Reply with JSON and nothing else: {{"done": true or false, "type": "tool" or "chitchat", "message": "what you say"}}.
+done: has the assistant finished your current request? If it asked you something it has not: answer it. Never name a tool."""
+WITH_PLAN = "Your requests, in this order:\n{plan}\nYou are at request {k}. If it is done, write the next one."
 NO_PLAN = "The assistant has these tools:\n{tools}\nThink of your next request yourself."
-ASSIST = """You are an assistant with these tools:
-{tools}
-The conversation so far:
-{history}
-Reply with JSON and nothing else: {{"calls": [{{"name": "...", "arguments": {{...}}}}, ...]}} to call one or more tools at
-once, or {{"say": "..."}} to answer, or to ask the user for what a tool requires and nobody has said. Do not make up
-arguments."""
-TOOL = """You play this tool:
-{tool}
-It was called with {arguments}. Reply with its result, a JSON object with the properties {results} and nothing else."""
+ASSIST = """You are an assistant with these tools:\n{tools}
+The conversation so far:\n{history}
+Reply with JSON and nothing else: {{"calls": [{{"name": "...", "arguments": {{...}}}}, ...]}} to call tools, several at
+once if you can, or {{"say": "..."}} to answer, or to ask the user for what a tool requires. Do not make up arguments."""
+TOOL = """You play this tool:\n{tool}
+It was called with {arguments}. Reply with its result, a JSON object with the properties {results}, and nothing else."""
 
 
 class Dropped(Exception):
@@ -784,110 +775,94 @@ class Dropped(Exception):
 
 
 def read_json(text, kind):
-    """The JSON value in a reply, fenced or not; ValueError if it is not one of `kind`."""
+    """The JSON value in a reply, fenced or not; ValueError if there is none of this kind."""
     found = re.search(r"[\[{].*[\]}]", text or "", re.S)
     value = json.loads(found[0] if found else "")
     if not isinstance(value, kind):
-        raise ValueError(f"not a {kind.__name__}")
+        raise ValueError("another kind of JSON")
     return value
 
 
 def read_plan(text, n, names):
-    """[{"type", "request"}] out of JSON or of lines "k. Tool Call Request: ..."; n - 1 to n + 1 of them, one of a tool
-    at least, no name of a tool in any. (our choice)"""
+    """[{"type", "request"}] out of JSON, or of lines "k. Tool Call Request: ..."; n - 1 to n + 1 of them, one for a
+    tool at least, none that names one. (our choice)"""
     lines = re.findall(r"^\s*\d+[.)]\s*\**(tool|chit)[^:\n]*:\**\s*(.+)$", text or "", re.M | re.I)
     items = [dict(type="tool" if kind.lower() == "tool" else "chitchat", request=request) for kind, request in lines]
-    for item in items or read_json(text, list):
-        ok = isinstance(item, dict) and item.get("type") in ("tool", "chitchat") and isinstance(item.get("request"), str)
-        if not ok or not item["request"].strip() or leaks(item["request"], names):
-            raise ValueError("an item that is none, or that names a tool")
-        items += [] if lines else [dict(type=item["type"], request=item["request"])]
-    if abs(len(items) - n) > 1 or all(item["type"] != "tool" for item in items):
-        raise ValueError("not as many requests as asked for, or none for a tool")
+    items = items or [{key: str(item[key]) for key in ("type", "request")} for item in read_json(text, list)
+                      if isinstance(item, dict) and {"type", "request"} <= item.keys()]
+    if abs(len(items) - n) > 1 or all(item["type"] != "tool" for item in items) or any(
+            item["type"] not in ("tool", "chitchat") or not item["request"].strip() or leaks(item["request"], names)
+            for item in items):
+        raise ValueError("no plan as asked for")
     return items
 
 
-def read_calls(text):
-    """What the assistant said, or its calls [(name, arguments)]; arguments may be JSON in a string."""
-    value = read_json(text, dict)
+def read_reply(text):
+    """What the assistant says, or its calls [(name, arguments, {})]; arguments may be JSON in a string."""
+    value, calls = read_json(text, dict), []
     if isinstance(value.get("say"), str) and value["say"].strip():
         return value["say"], []
-    calls = []
-    for call in value.get("calls") or [{}]:
-        arguments = call.get("arguments") if isinstance(call, dict) else None
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
-            raise ValueError("a call without a name or arguments")
-        calls.append((call["name"], arguments))
-    return None, calls
+    for call in value["calls"]:
+        arguments = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
+        calls.append((str(call["name"]), dict(arguments), {}))
+    return (None, calls) if calls else read_reply("")
 
 
-def leaks(text, names):
-    """Does a text name a tool? Names of one plain word are left out: nobody could speak without them."""
-    return any(name in text for name in names if re.search(r"[_.\d-]|[a-z][A-Z]", name))
+def read_message(text):
+    value = read_json(text, dict)
+    if not isinstance(value["message"], str) or not isinstance(value["done"], bool):
+        raise ValueError("no message")
+    return dict(done=value["done"], message=value["message"], request=value["message"],
+                type="chitchat" if value.get("type") == "chitchat" else "tool")
 
 
 class Agents:
-    """User, assistant and tools of one dialogue, played by a language model. Their methods are generators: they yield
-    what is asked, (prompt, temperature, try), and are sent the reply. Only the user sees the plan."""
+    """User, assistant and tools of one dialogue, played by a language model. Its methods are generators: they yield
+    what is asked, (prompt, temperature, how often before), and are sent the reply. Only the user sees the plan."""
 
     def __init__(self, tools, most):
-        self.tools, self.most, self.names = tools, most, [tool["function"]["name"] for tool in tools]
-        self.docs = {tool["function"]["name"]: tool["function"] for tool in tools}
-        self.text = "\n".join(json.dumps(without_results(tool)["function"]) for tool in tools)
+        self.docs, self.most = {tool["function"]["name"]: tool["function"] for tool in tools}, most
+        self.shown = "\n".join(json.dumps(without_results(tool)["function"]) for tool in tools)
 
-    def ask(self, rule, prompt, temperature, read):
+    def ask(self, rule, read, temperature, form, **parts):
         for n in range(3):
-            text = yield prompt, temperature, n
-            with contextlib.suppress(ValueError, RecursionError):
+            text = yield form.format(**parts), temperature, n
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                 return read(text)
         raise Dropped(rule)
 
     def plan(self):
-        prompt = PLAN.format(n=self.most, tools="\n".join(json.dumps(tool["function"]) for tool in self.tools))
-        items = yield from self.ask("no plan", prompt, 1.0, lambda text: read_plan(text, self.most, self.names))
+        docs = "\n".join(map(json.dumps, self.docs.values()))  # with returns: the plan may build on them
+        read = functools.partial(read_plan, n=self.most, names=self.docs)
+        items = yield from self.ask("no plan", read, 1.0, PLAN, n=self.most, tools=docs)
         self.most = len(items)
         return items
 
     def user(self, plan, k, messages):
-        def read(text):
-            value = read_json(text, dict)
-            if not isinstance(value.get("message"), str) or not isinstance(value.get("done"), bool):
-                raise ValueError("no message")
-            kind = value.get("type") if value.get("type") in ("tool", "chitchat") else "tool"
-            return dict(done=value["done"], message=value["message"], type=kind, request=value["message"])
-
-        told = "" if plan is None else "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan, 1))
-        task = NO_PLAN.format(tools=self.text) if plan is None else WITH_PLAN.format(plan=told, k=k + 1, next=k + 2)
-        form = '{"done": true or false, "message": "what you say"' + ', "type": "tool" or "chitchat"' * (plan is None)
-        prompt = USER.format(task=task, history=history(messages), form=form + "}")
-        return (yield from self.ask("no message", prompt, 1.0, read))
+        told = "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan or (), 1))
+        task = WITH_PLAN.format(plan=told, k=k + 1) if plan else NO_PLAN.format(tools=self.shown)
+        return (yield from self.ask("no message", read_message, 1.0, USER, task=task, history=history(messages)))
 
     def assistant(self, messages):
-        prompt = ASSIST.format(tools=self.text, history=history(messages))
-        said, calls = yield from self.ask("F1", prompt, 0.2, read_calls)
-        return said, [(name, arguments, {}) for name, arguments in calls]
+        return (yield from self.ask("F1", read_reply, 0.2, ASSIST, tools=self.shown, history=history(messages)))
 
     def tool(self, name, arguments):
         if name not in self.docs:
             raise Dropped("F1")
-        prompt = TOOL.format(tool=json.dumps(self.docs[name]), arguments=json.dumps(arguments), results=", ".join(
-            self.docs[name].get("results", {}).get("properties", {})) or "that fit its description")
-        return (yield from self.ask("F3", prompt, 0.7, lambda text: read_json(text, dict)))
+        results = ", ".join(self.docs[name].get("results", {}).get("properties", {})) or "that fit its description"
+        return (yield from self.ask("F3", functools.partial(read_json, kind=dict), 0.7, TOOL, tool=json.dumps(
+            self.docs[name]), arguments=json.dumps(arguments), results=results))
 
 
 def history(messages):
-    """The conversation as a prompt shows it. Contents are JSON strings there, so that no text can pose as a turn."""
-    lines = []
-    for m in messages:
-        calls = [dict(name=c["function"]["name"], arguments=c["function"]["arguments"]) for c in m.get("tool_calls", [])]
-        lines.append(f"{m['role']}: {json.dumps(calls or m['content'])}")
-    return "\n".join(lines) or "(nothing yet)"
+    """The conversation in a prompt. Contents are JSON strings there, so that no text can pose as a turn."""
+    rows = [(m["role"], [call["function"] for call in m.get("tool_calls", ())] or m["content"]) for m in messages]
+    return "\n".join(f"{role}: {json.dumps(content)}" for role, content in rows) or "(nothing yet)"
 
 
-def wait(answer):
-    """The value of a generator of Agents, or what Sim returns at once."""
-    return (yield from answer) if inspect.isgenerator(answer) else answer
+def leaks(text, names):
+    """Does a text name a tool? A name of one plain word is left out: one could hardly speak without it."""
+    return any(name in text for name in names if re.search(r"[_.\d-]|[a-z][A-Z]", name))
 
 
 MOST_TURNS, MOST_ROUNDS = 12, 5  # of the user, and of tools for one of these (our choice)
@@ -895,16 +870,18 @@ MOST_TURNS, MOST_ROUNDS = 12, 5  # of the user, and of tools for one of these (o
 
 def converse(teacher, with_plan):
     """One dialogue (Sec. 2.3), as a generator in case its agents are. The assistant never sees the plan."""
-    items = plan = (yield from wait(teacher.plan())) if with_plan else None
-    items, messages, origins, about, k, ended = items or [], [], [], [], 0, False
+    def wait(answer):
+        return (yield from answer) if inspect.isgenerator(answer) else answer
+
+    plan = (yield from wait(teacher.plan())) if with_plan else None
+    items, messages, origins, about, k, ended = list(plan or ()), [], [], [], 0, False
     while len(about) < MOST_TURNS:
         said = yield from wait(teacher.user(plan, k, messages))
         k += bool(messages) and said["done"]
         ended = k >= teacher.most
         if ended:
             break
-        if k == len(items):
-            items.append(dict(type=said["type"], request=said["request"]))
+        items += [dict(type=said["type"], request=said["request"])] if k == len(items) else []
         about.append(k)
         messages.append(dict(role="user", content=said["message"]))
         for _ in range(MOST_ROUNDS + 1):
@@ -921,39 +898,42 @@ def converse(teacher, with_plan):
                 messages.append(dict(role="tool", tool_call_id=call["id"], content=json.dumps(result)))
     return dict(messages=messages, plan=items, about=about, origins=origins, ended=ended)
 
-# The teacher `sim`: the same part for all agents, played by one engine that knows the world
+
+# The teacher of the made world
 def phrase(rng, act, held, *fills):
     """A phrasing of an act; those behind the bar only if `held`, and then no others."""
     return rng.choice(BANKS[act][held].split(";")).format(*fills)
 
 
-class Sim:
-    """Planner, user, assistant and tools of dialogue i, in one engine for all arms. What it draws depends on the seed,
-    the dialogue, the request and the parameter, never on the arm. `tools`: names out of `world`."""
+def linked(names):
+    """Kinds, out of {name: kind}, that one refers back to."""
+    return [kind for kind in names.values() if LINKED.fullmatch(kind)]
 
-    def __init__(self, seed, i, world, tools, held=False):
+
+class Sim:
+    """Planner, user, assistant and tools of dialogue i, in one engine for all arms, with the methods of Agents. What it
+    draws depends on the seed, the dialogue, the request and the parameter, never on the arm. tools: names in world."""
+
+    def __init__(self, seed, i, world, tools, held=False, most=0):
         self.world, self.tools, self.held, self.draw = world, tools, held, functools.partial(random_of, seed, held, i)
         self.said, self.returned = {}, {}  # kind: (value, name) of the latest
         self.goals, self.missing, self.gone, self.facts, self.results = [], {}, set(), {}, []
-        self.k, self.most = -1, self.draw("turns").randint(3, 5)
+        self.k, self.most = -1, most or self.draw("turns").randint(3, 5)
 
     def pick(self, k):
         """Tools of request k without a plan, each at random: one, or two in a fifth of the requests."""
-        rng = self.draw("tools", k)
-        return rng.sample(self.tools, min(len(self.tools), 1 + (self.draw("two", k).random() < 0.2)))
+        return self.draw("tools", k).sample(self.tools, min(len(self.tools), 1 + (self.draw("two", k).random() < 0.2)))
 
     def item(self, k, names):
         """Request k: a quarter of them, after the first, is chitchat."""
         chat = k > 0 and self.draw("chat", k).random() < 0.25
-        wants = [wanted(self.world[name]["verb"], self.world[name]["thing"]) for name in names]
-        return dict(type="chitchat" if chat else "tool", goals=[] if chat else names,
-                    request="be friendly" if chat else " and ".join(wants))
+        wants = " and ".join(wanted(self.world[name]["verb"], self.world[name]["thing"]) for name in names)
+        return dict(type="chitchat" if chat else "tool", goals=[] if chat else names, request="" if chat else wants)
 
     def plan(self):
-        """Requests in an order in which arguments can come from what was returned or said before: greedily the tool
-        of which most is known, what is returned counts twice; new tools before used ones. (our choice)"""
-        items, known, used = [], {}, Counter()
-        order = self.draw("order").sample(self.tools, len(self.tools))
+        """Requests in an order in which arguments can come from what was returned or said before: greedily the tool of
+        which most is known, what is returned counts twice; new tools before used ones. (our choice)"""
+        items, known, used, order = [], {}, Counter(), self.draw("order").sample(self.tools, len(self.tools))
 
         def worth(name):
             tool = self.world[name]
@@ -972,10 +952,10 @@ class Sim:
                 known |= dict.fromkeys(linked(self.world[name]["results"]), 2)
         return items
 
-    def origin(self, rng, tool, p, ahead):
-        """(value, how the user says it, origin) of an argument, None if it is left out. What was returned is referred
-        to 7 times in 10, what was said before 5 in 10; 6 % of what is required is forgotten. A value None is looked up
-        when the call is made: the goal before it returns it."""
+    def argument(self, rng, tool, p, ahead):
+        """(value, how the user says it, origin), None if it is left out. 7 times in 10 the user refers to what was
+        returned, else 5 times in 10 to what was said; 6 % of what is required is forgotten. A value None is returned
+        by the goal before, and looked up when the call is made."""
         kind, (keep, back, again, forget) = tool["params"][p], (rng.random() for _ in range(4))
         fresh, found = make_value(kind, rng), self.returned | ahead
         if p not in tool["required"] and keep < 0.6:
@@ -985,27 +965,25 @@ class Sim:
         if LINKED.fullmatch(kind) and kind in self.said and again < 0.5:
             value, name = self.said[kind]
             return value, phrase(rng, "said", self.held, name.replace("_", " ")), "earlier"
-        if p in tool["required"] and forget < 0.06:
-            return fresh, "", "clarified"
-        return fresh, str(fresh), "current"
+        forgotten = p in tool["required"] and forget < 0.06
+        return fresh, "" if forgotten else str(fresh), "clarified" if forgotten else "current"
 
     def fill(self, k, place, name):
-        """A goal, and how the user says it. `place` 1: the second of a request, which may need what the first returns."""
+        """A goal, and how the user says it. place 1: the second of a request, which may need what the first returns."""
         tool, args, clauses = self.world[name], {}, []
         ahead = {kind: (None, r) for other, _ in self.goals for r, kind in self.world[other]["results"].items()}
         for p, kind in tool["params"].items():
             rng = self.draw("argument", k, place, p)
-            chosen = self.origin(rng, tool, p, ahead)
+            chosen = self.argument(rng, tool, p, ahead)
             before = rng.choice(PREPOSITIONS.get(p, PREPOSITIONS.get(kind, "with|using|by")).split("|"))
             if chosen:
                 value, said, origin = chosen
                 args[p] = value, origin
-                clauses += [f"{before} {said}"] if said else []
+                clauses += [f"{before} {said}"] * bool(said)
                 self.missing |= {} if said else {p: value}
         self.goals.append((name, args))
         self.draw("clauses", k, place).shuffle(clauses)
-        form = 3 if self.held else self.draw("want", k, place).randrange(3)
-        return " ".join([wanted(tool["verb"], tool["thing"], form), *clauses])
+        return " ".join([wanted(tool["verb"], tool["thing"], self.draw("want", k, place).randrange(3)), *clauses])
 
     def user(self, plan, k, messages):
         """The next request, or what was missing in this one."""
@@ -1038,19 +1016,15 @@ class Sim:
                                   for p, (v, _) in args.items()}, {p: origin for p, (_, origin) in args.items()})
                           for name, args in ready]
         self.goals = []
-        if not self.results:
-            return phrase(rng, "reply", self.held), []
-        facts = [f"the {name.replace('_', ' ')} is {value}" for result in self.results for name, value in result.items()]
-        return (phrase(rng, "sorry", self.held, "it is gone") if broken else
-                phrase(rng, "done", self.held, " and ".join(facts))), []
+        facts = " and ".join(f"the {r.replace('_', ' ')} is {v}" for found in self.results for r, v in found.items())
+        act = "sorry" if broken else "done" if self.results else "reply"
+        return phrase(rng, act, self.held, "it is gone" if broken else facts), []
 
     def tool(self, name, arguments):
         """The result of a call, the same for the same call. Facts of a thing stay, and what is cancelled is gone."""
-        tool, key, result = self.world[name], json.dumps(arguments, sort_keys=True), {}
+        tool, key, result = self.world[name], json.dumps(arguments, sort_keys=True), dict(error="it is gone")
         handle = next((value for value in arguments.values() if str(value)[0] == "#"), None)
-        if handle in self.gone:
-            result["error"] = "it is gone"
-        else:
+        if handle not in self.gone:
             self.gone |= {handle} if tool["verb"] == "cancel" else set()
             result = {r: self.facts.get((handle, r)) or make_value(kind, self.draw("fact", name, key, r))
                       for r, kind in tool["results"].items()}
@@ -1061,123 +1035,107 @@ class Sim:
         return result
 
 
-def linked(names):
-    """Kinds, out of {name: kind}, that one refers back to."""
-    return [kind for kind in names.values() if LINKED.fullmatch(kind)]
-
-# Rules (Sec. 2.3): which dialogues are kept. The paper names the kind of rule, the list is our choice
-RULES = {"F1": "a call is no JSON, or not of this tool", "F2": "a call without a result, or a result without a call",
-         "F3": "a result that is not as documented", "F4": "roles, an empty message or one said twice, no last word",
+# Rules (Sec. 2.3): the paper names the kinds of rule, the list is our choice
+RULES = {"F1": "a call is no JSON, or not of these tools", "F2": "a call without a result, a result without a call",
+         "F3": "a result is not as documented", "F4": "order of roles, an empty message, one said twice, no last word",
          "F5": "a request for a tool without a call, or chitchat with one", "F6": "requests are left",
          "F7": "an argument that nobody said", "F8": "the user names a tool", "F9": "near to an earlier dialogue",
          "F10": "too long"}
 TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
+NEXT = {"": ["user"], "user": ["assistant"], "assistant": ["user"], "calls": ["tool"], "tool": ["tool", "assistant"]}
 
 
 def fits(value, shape):
     """Is a value of a JSON schema's type, and of its enum?"""
     kind = TYPES.get(shape.get("type"), object)
-    return (isinstance(value, kind) and (kind is bool or not isinstance(value, bool) or kind is object)
-            and ("enum" not in shape or value in shape["enum"]))
-
-
-def call_fits(call, docs):
-    """F1: arguments parse, the tool exists, nothing is unknown, nothing required is missing, types and enums fit."""
-    with contextlib.suppress(ValueError, RecursionError):
-        arguments, shape = json.loads(call["function"]["arguments"]), docs[call["function"]["name"]]["parameters"]
-        known = shape.get("properties", {})
-        return (isinstance(arguments, dict) and arguments.keys() <= known.keys()
-                and set(shape.get("required", ())) <= arguments.keys()
-                and all(fits(value, known[name]) for name, value in arguments.items()))
-    return False
+    right = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+    return right and value in shape.get("enum", [value])
 
 
 def grounded(value, shape, seen):
-    """F7: was it said or found before, or is it in the schema?"""
+    """F7: is it in what the user said and tools returned, or in the schema? Parts of a list or dict each for itself."""
     if isinstance(value, (list, dict)):
         return all(grounded(v, {}, seen) for v in (value.values() if isinstance(value, dict) else value))
     plain = isinstance(value, bool) or value is None or value in shape.get("enum", ()) or value == shape.get("default")
     return plain or re.search(rf"(?<!\w){re.escape(str(value).lower())}(?!\w)", seen) is not None
 
 
-def broken_rules(dialogue, tools, most_tokens):
-    """The rules that a dialogue breaks, F9 aside. Contents are data: they are compared, and never followed."""
-    docs, messages, broken = {tool["function"]["name"]: tool["function"] for tool in tools}, dialogue["messages"], set()
-    seen, called, open_calls, last, used = "", set(), {}, "", Counter()
-    turn = -1
-    for m in messages:
-        turn += m["role"] == "user"
-        calls, content = m.get("tool_calls", []), m["content"] or ""
-        if m["role"] != "tool" and open_calls:
-            broken.add("F2")
-        for call in calls:
-            broken |= set() if call_fits(call, docs) else {"F1"}
-            used[turn] += 1
-            if "F1" not in broken:
-                known = docs[call["function"]["name"]]["parameters"]["properties"]
-                told = json.loads(call["function"]["arguments"]).items()
-                broken |= set() if all(grounded(v, known[p], seen) for p, v in told) else {"F7"}
-            broken |= {"F2"} if call["id"] in called else set()
-            called.add(call["id"])
-            open_calls[call["id"]] = call["function"]["name"]
-        if m["role"] == "tool":
-            name = open_calls.pop(m["tool_call_id"], None)
-            broken |= set() if name else {"F2"}
-            broken |= set() if result_fits(content, docs.get(name, {})) else {"F3"}
-        expected = {"": ("user",), "user": ("assistant",), "assistant": ("user",), "calls": ("tool",),
-                    "tool": ("tool", "assistant")}[last]
-        if m["role"] not in expected or not (calls or content.strip()):
-            broken.add("F4")
-        last = "calls" if calls else m["role"]
-        seen += "\n" + content.lower() if m["role"] in ("user", "tool") else ""
-    said = [m["content"] for m in messages if m["role"] == "user"]
-    broken |= {"F2"} if open_calls else set()
-    broken |= {"F4"} if last != "assistant" or len(set(said)) < len(said) else set()
-    by_item = Counter()
-    for turn, k in enumerate(dialogue["about"]):
-        by_item[k] += used[turn]
-    broken |= {"F5"} if any((item["type"] == "tool") != (by_item[k] > 0) for k, item in enumerate(dialogue["plan"])
-                            if k in dialogue["about"]) else set()
-    broken |= set() if dialogue["ended"] else {"F6"}
-    broken |= {"F8"} if any(leaks(text, docs) for text in said) else set()
-    return broken | ({"F10"} if dialogue["tokens"] > most_tokens else set())
+def call_breaks(call, docs, seen):
+    """F1 and F7 of one call."""
+    try:
+        arguments, shape = json.loads(call["arguments"]), docs[call["name"]]["parameters"]
+        known = shape.get("properties", {})
+        if not (set(shape.get("required", ())) <= arguments.keys() <= known.keys()
+                and all(fits(value, known[p]) for p, value in arguments.items())):
+            return {"F1"}
+    except (ValueError, LookupError, AttributeError, RecursionError):
+        return {"F1"}
+    return set() if all(grounded(value, known[p], seen) for p, value in arguments.items()) else {"F7"}
 
 
 def result_fits(content, doc):
-    """F3: a JSON object of documented returns, or of an error; a tool without documented returns may say anything."""
+    """F3: an object of documented returns, or of an error; a tool without documented returns may say anything."""
     with contextlib.suppress(ValueError, RecursionError):
         value, known = json.loads(content), doc.get("results", {}).get("properties", {})
         return isinstance(value, dict) and (not known or value.keys() <= known.keys() | {"error"})
     return False
 
 
-def eight_grams(dialogue):
-    words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
-    return {zlib.crc32(" ".join(words[i : i + 8]).encode()) for i in range(max(1, len(words) - 7))}
+def broken_rules(dialogue, tools, most_tokens=math.inf):
+    """The rules that a dialogue breaks, F9 aside. Contents are data: they are compared, and never followed."""
+    docs, broken = {tool["function"]["name"]: tool["function"] for tool in tools}, set()
+    seen, last, waiting, used = "", "", {}, []
+    for m in dialogue["messages"]:
+        calls, content, role = m.get("tool_calls", []), m["content"] or "", m["role"]
+        broken |= {"F2"} if waiting and role != "tool" else set()
+        broken |= {"F1"} if role == "assistant" and "<tool_call>" in content else set()
+        for call in calls:
+            broken |= call_breaks(call["function"], docs, seen) | ({"F2"} if call["id"] in waiting else set())
+            waiting[call["id"]] = call["function"]["name"]
+        if role == "tool":
+            name = waiting.pop(m["tool_call_id"], None)
+            broken |= set() if name else {"F2"}
+            broken |= set() if result_fits(content, docs.get(name, {})) else {"F3"}
+        broken |= {"F4"} if role not in NEXT[last] or not (calls or content.strip()) else set()
+        used += [0] * (role == "user")
+        used[-1:] = [used[-1] + len(calls)] if used else []
+        seen += "\n" + content.lower() if role in ("user", "tool") else ""
+        last = "calls" if calls else role
+    said = [m["content"] for m in dialogue["messages"] if m["role"] == "user"]
+    broken |= {"F2"} if waiting else set()
+    broken |= {"F4"} if last != "assistant" or len(set(said)) < len(said) else set()
+    by_item = Counter()
+    for k, n in zip(dialogue["about"], used):
+        by_item[k] += n
+    plan = [(item["type"] == "tool", by_item[k] > 0) for k, item in enumerate(dialogue["plan"]) if k in by_item]
+    broken |= {"F5"} if any(due != made for due, made in plan) else set()
+    broken |= set() if dialogue["ended"] else {"F6"}
+    broken |= {"F8"} if any(leaks(text, docs) for text in said) else set()
+    return broken | ({"F10"} if dialogue["tokens"] > most_tokens else set())
 
 
 class Near:
-    """F9: is the Jaccard index of 8-grams with an earlier dialogue above 0.7? Only those are compared that share one of
-    the rarest 30 %, as two sets with a larger index must."""
+    """F9: is the Jaccard index of 8-grams of words with those of an earlier dialogue above 0.7?"""
 
     def __init__(self):
-        self.sets, self.where = [], {}
+        self.sizes, self.where = [], {}
 
     def __call__(self, dialogue):
-        grams = eight_grams(dialogue)
-        counts = Counter(i for gram in grams for i in self.where.get(gram, ()))
-        near = any(both / (len(grams) + len(self.sets[i]) - both) > 0.7 for i, both in counts.items())
-        if not near:
-            for gram in grams:
-                self.where.setdefault(gram, []).append(len(self.sets))
-            self.sets.append(grams)
+        words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
+        grams = {zlib.crc32(" ".join(words[i : i + 8]).encode()) for i in range(max(1, len(words) - 7))}
+        both = Counter(i for gram in grams for i in self.where.get(gram, ()))
+        near = any(n / (len(grams) + self.sizes[i] - n) > 0.7 for i, n in both.items())
+        for gram in () if near else grams:
+            self.where.setdefault(gram, []).append(len(self.sizes))
+        self.sizes += [] if near else [len(grams)]
         return near
 
 
 # Formats
 def without_results(tool):
-    """A tool as OpenAI has it: the schema of returns is not part of that."""
-    return dict(type="function", function={k: v for k, v in tool["function"].items() if k != "results"})
+    """A tool as OpenAI has it: returns are no part of that."""
+    ours = "results", "given_name"
+    return dict(type="function", function={k: v for k, v in tool["function"].items() if k not in ours})
 
 
 def to_openai(dialogue, tools):
@@ -1186,32 +1144,32 @@ def to_openai(dialogue, tools):
 
 
 HERMES = ("You may call functions to help the user. Their signatures are within <tools></tools>:\n<tools>{}</tools>\n"
-          "For each call reply with a JSON object within <tool_call></tool_call>.")
-CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.S)
+          "For each call reply with a JSON object with name and arguments within <tool_call></tool_call>.")
 
 
 def escaped(value):
-    """JSON in which nothing can close or open a tag."""
-    return json.dumps(value, ensure_ascii=False).replace("</", "<\\/").replace("<tool", "\\u003ctool")
+    """JSON in which nothing opens or closes a tag."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def to_hermes(row):
-    """Messages as text alone: calls and results as tags in it, the tools in a system message."""
+    """The same messages as text alone: the tools in a system message, calls and results in tags."""
     shown = [dict(role="system", content=HERMES.format(escaped(row["tools"])))]
     for m in row["messages"]:
-        calls = [c["function"] for c in m.get("tool_calls") or ()]
-        text = "\n".join("<tool_call>\n" + escaped(dict(name=c["name"], arguments=json.loads(c["arguments"])))
-                         + "\n</tool_call>" for c in calls)
-        result = f"<tool_response>\n{escaped(json.loads(m['content']))}\n</tool_response>" if m["role"] == "tool" else ""
-        shown.append(dict(role=m["role"], content=text or result or m["content"]))
+        calls = [dict(name=call["function"]["name"], arguments=json.loads(call["function"]["arguments"]))
+                 for call in m.get("tool_calls") or ()]
+        content = "\n".join(f"<tool_call>\n{escaped(call)}\n</tool_call>" for call in calls) or m["content"]
+        if m["role"] == "tool":
+            with contextlib.suppress(ValueError):  # a result of somebody else's file may be plain text
+                content = json.loads(content)
+            content = f"<tool_response>\n{escaped(content)}\n</tool_response>"
+        shown.append(dict(role=m["role"], content=content))
     return dict(messages=shown)
 
 
 def from_hermes(row):
     """The row of to_openai again; calls are numbered."""
-    system, *shown = row["messages"]
-    before, after = HERMES.split("{}")
-    tools, messages, n, waiting = json.loads(system["content"][len(before) : -len(after)]), [], 0, []
+    (before, after), (system, *shown), messages, n, waiting = HERMES.split("{}"), row["messages"], [], 0, []
     for m in shown:
         calls = read_hermes(m["content"]) if m["role"] == "assistant" else []
         if calls:
@@ -1223,14 +1181,14 @@ def from_hermes(row):
             value = json.loads(m["content"].removeprefix("<tool_response>\n").removesuffix("\n</tool_response>"))
             messages.append(dict(role="tool", tool_call_id=waiting.pop(0), content=json.dumps(value)))
         else:
-            messages.append(dict(m))
-    return dict(messages=messages, tools=tools)
+            messages.append(m)
+    return dict(messages=messages, tools=json.loads(system["content"][len(before) : -len(after)]))
 
 
 def read_hermes(text):
     """Calls [(name, arguments)] in a model's reply; those that cannot be read are left out."""
     calls = []
-    for body in CALL.findall(text):
+    for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.S):
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             call = json.loads(body)
             calls.append((call["name"], dict(call["arguments"])))
@@ -1239,150 +1197,98 @@ def read_hermes(text):
 
 def signature(function):
     """A tool in a line, for the small student: name(parameter, optional?)."""
-    required = function["parameters"].get("required", ())
-    names = [name + "?" * (name not in required) for name in function["parameters"].get("properties", {})]
-    return f"{function['name']}({', '.join(names)})"
+    required, names = function["parameters"].get("required", ()), function["parameters"].get("properties", {})
+    return f"{function['name']}({', '.join(name + '?' * (name not in required) for name in names)})"
 
 
 def shown(row, brief):
-    """Messages of a row as a model sees them, text alone; `brief`: of tools the signatures."""
+    """Messages of a row as text, as a model sees them; `brief`: of the tools the signatures alone."""
     system, *rest = to_hermes(row)["messages"]
     if brief:
-        system = dict(role="system", content="\n".join(["tools", *(signature(t["function"]) for t in row["tools"])]))
-    if rest and rest[0]["role"] == "system":
-        rest[0] = dict(role="system", content=rest[0]["content"] + ("\n" + system["content"]) * bool(row["tools"]))
-        return rest
+        system["content"] = "\n".join(["tools", *(signature(tool["function"]) for tool in row["tools"])])
+    if rest and rest[0]["role"] == "system":  # somebody else's file may have its own: the tools stand below it
+        system["content"] = rest.pop(0)["content"] + ("\n" + system["content"]) * bool(row["tools"])
+        return [system, *rest]
     return [system, *rest] if row["tools"] else rest
 
+
 # Making the data
-def build_graph(cfg, tools, embed):
-    """Edges (n, n) of a list of tools, and the threshold."""
-    texts, owner, returns = tool_texts(tools)
-    bare = sum(text.endswith(": ") for text in texts)
-    x, tau = embed(texts), cfg.tau
-    if not tau:  # as dense as asked for: what 0.82 means depends on the encoder
-        tau = choose_tau(torch.maximum(*pair_scores(x, owner, len(tools), returns)), cfg.degree)
-    edges = simgraph(x, owner, len(tools), tau, returns, cfg.kernels)
-    degree = edges.sum(1)
-    print(f"graph: {len(tools)} tools, {len(texts)} texts ({bare} without a description), tau {tau:.3f}, "
-          f"{int(degree.sum()) // 2} edges, {int((degree == 0).sum())} isolated, mean degree "
-          f"{degree.float().mean():.1f}, largest components {sorted(components(edges).bincount().tolist())[:-4:-1]}")
-    return edges, tau
-
-
-def subsets(cfg, edges, graph, i):
-    """Indices of the tools of dialogue i: a walk, or as many at random."""
-    rng = random_of("subset", cfg.seed, i)
-    low, high = map(int, cfg.n_tools.split("-"))
-    n = rng.randint(low, high)
-    return walk(edges, n, rng, cfg.walk) if graph else rng.sample(range(len(edges)), n)
-
-
-def finish(cfg, tok, dialogue, tools, near):
-    """Rules and length of a dialogue; F9 alone changes `near`."""
-    row = to_openai(dialogue, tools)
+def finish(cfg, dialogue, tools, near, tok=None):
+    """A dialogue with its length and the rules that it breaks. Tokens are a tokenizer's, or characters / 4."""
     try:
-        dialogue["tokens"] = len(encode_row(tok, row, cfg.task == "world")[0])
+        row = to_openai(dialogue, tools)
+        dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
     except (ValueError, TypeError, AttributeError):
-        dialogue["tokens"] = 0  # it has a call or a result that is no JSON, which is broken below
+        dialogue["tokens"] = 0  # a call that is no JSON, which is F1
     broken = broken_rules(dialogue, tools, cfg.seq_len)
-    if not broken and near(dialogue):
-        broken = {"F9"}
+    broken = {"F9"} if not broken and near(dialogue) else broken
     return dialogue | dict(broken=sorted(broken, key=lambda rule: int(rule[1:])))
 
 
 def sim_dialogues(cfg, run, arm, world, edges, tok):
-    """Kept and dropped dialogues of an arm, until the kept ones have cfg.tokens tokens; by parts to a JSONL file."""
-    graph, with_plan = ARMS[arm]
-    path, names, near = run.out / f"dialogues-{arm}.jsonl", list(world), Near()
+    """Dialogues of an arm, kept or dropped, until the kept ones have cfg.tokens tokens; by parts to a JSONL file."""
+    (graph, with_plan), path, names, near = ARMS[arm], run.out / f"dialogues-{arm}.jsonl", list(world), Near()
     rows, log = read_rows(path, cfg.part), Log(run, f"dialogues {arm}", cfg.tokens)
-    for row in rows:
+    for row in rows:  # of a former call
         _ = row["broken"] or near(row)
     while (have := sum(row["tokens"] for row in rows if not row["broken"])) < cfg.tokens:
         new = []
         for i in range(len(rows), len(rows) + cfg.part):
-            picked = [names[j] for j in subsets(cfg, edges, graph, i)]
-            made = last_value(converse(Sim(cfg.seed, i, world, picked), with_plan))
-            made |= dict(id=i, tools=picked, model="sim")
-            new.append(finish(cfg, tok, made, [world[name]["tool"] for name in made["tools"]], near))
+            picked = [names[j] for j in subset(cfg, edges, graph, i)]
+            made = last_value(converse(Sim(cfg.seed, i, world, picked), with_plan)) | dict(id=i, tools=picked)
+            new.append(finish(cfg, made, [world[name]["tool"] for name in picked], near, tok))
         append_rows(path, new)
         rows += new
         log(have)
-        if len(rows) > 100 * cfg.part and have < len(rows):
-            fail(f"arm {arm}: next to nothing passes the rules; see broken in {path}")
-        if should_stop(run):
-            stopped(run)
+        if len(rows) >= 50 * cfg.part and have == 0:
+            fail(f"arm {arm}: nothing passes the rules, see \"broken\" in {path}: raise --seq-len")
+        pause(run)
     return rows
 
 
 def last_value(generator):
-    """What a generator returns that never has to wait."""
+    """What a generator returns that never waits."""
     try:
         next(generator)
     except StopIteration as end:
         return end.value
-    raise AssertionError("it waits")
 
-
-def within(rows, tokens):
-    """The first kept dialogues whose tokens are at most `tokens`: arms compare at equal size."""
-    total, kept = 0, []
-    for row in rows:
-        if not row["broken"] and total + row["tokens"] <= tokens:
-            total += row["tokens"]
-            kept.append(row)
-    return kept
-
-
-def rule_counts(rows):
-    """{"kept": share, rule: number of dialogues that broke it}."""
-    broken = Counter(rule for row in rows for rule in row["broken"])
-    return {"kept": sum(not row["broken"] for row in rows) / len(rows)} | {rule: broken[rule] for rule in RULES}
 
 # ---------------------------------------------------------------- 5. Evaluation and claims
 # Data (Sec. 2.4)
-def said_in(dialogue):
-    """[(user's words, assistant's words)] of the rounds; no JSON, no system message, no results."""
-    rounds = []
-    for m in dialogue["messages"]:
-        if m["role"] == "user":
-            rounds.append((m["content"], ""))
-        elif m["role"] == "assistant" and m["content"]:
-            rounds[-1] = rounds[-1][0], m["content"]
-    return rounds
+ORIGINS = "current", "earlier", "return", "clarified"  # an argument was said in this turn, before, returned, asked for
 
 
 def entropy(words):
     """H = - sum p log2 p over the frequencies of words. (Sec. 2.4, the base is inferred)"""
-    counts = np.array([*Counter(words).values()], float)
-    p = counts / counts.sum()
+    p = np.array([*Counter(words).values()]) / len(words)
     return float(-(p * np.log2(p)).sum())
 
 
 def distinct(texts, n=3):
-    """D-n: different n-grams of words over all n-grams, of a list of lists of words."""
+    """D-n: different n-grams over all n-grams of lists of words."""
     grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(n)))]
     return len(set(grams)) / max(1, len(grams))
 
 
 def coherence(rounds, embed):
-    """SS: 100 times the mean cosine of a request and the round before it."""
+    """SS: 100 times the mean cosine of a request and the round before it; rounds: lists of (request, response)."""
     pairs = [(" ".join(before), after[0]) for each in rounds for before, after in zip(each, each[1:])]
-    if not pairs:
-        return 0.0
-    a, b = (embed(list(side)) for side in zip(*pairs))
+    a, b = (embed(list(side)) for side in (zip(*pairs) if pairs else [["none"]] * 2))
     return float(100 * (a * b).sum(1).mean())
 
 
 def data_measures(dialogues, embed):
-    """H, D-3 and SS of what was said, the origins of arguments, and how many calls and questions back there are."""
-    rounds = [said_in(dialogue) for dialogue in dialogues]
+    """H, D-3 and SS of what user and assistant say (no JSON, no results), origins of arguments, questions back."""
+    rounds = [[(m["content"], answer) for m, answer in zip(turns, answers)] for turns, answers in (
+        ([m for m in d["messages"] if m["role"] == "user"],
+         [m["content"] for m in d["messages"] if m["role"] == "assistant" and m["content"]]) for d in dialogues)]
     texts = [re.findall(r"[\w#:]+", text.lower()) for each in rounds for pair in each for text in pair]
     origins = Counter(origin for d in dialogues for call in d["origins"] for origin in call.values())
-    calls, turns = sum(len(d["origins"]) for d in dialogues), sum(len(d["about"]) for d in dialogues)
-    asked = sum(len(d["about"]) - len(set(d["about"])) for d in dialogues)
-    found = {"H": entropy(sum(texts, [])), "D-3": distinct(texts), "SS": coherence(rounds, embed),
-             "calls": calls / len(dialogues), "turns": turns / len(dialogues), "asked back": asked / len(dialogues)}
+    counts = dict(calls=sum(len(d["origins"]) for d in dialogues), turns=sum(len(d["about"]) for d in dialogues))
+    counts["asked back"] = counts["turns"] - sum(len(set(d["about"])) for d in dialogues)
+    found = {"H": entropy(sum(texts, [])), "D-3": distinct(texts), "SS": coherence(rounds, embed)}
+    found |= {name: count / len(dialogues) for name, count in counts.items()}
     return found | {name: origins[name] / max(1, origins.total()) for name in ORIGINS}
 
 
@@ -1392,8 +1298,13 @@ AST_TYPES = dict(string=str, integer=int, float=float, number=float, boolean=boo
 
 
 def plain(value):
-    """Strings without blanks and , . / - _ * ^, in lower case, with double quotes."""
+    """Strings without blanks and , . / - _ * ^, in lower case, with double quotes; other values as they are."""
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value
+
+
+def same_type(value, kind, answers):
+    """The documented type, or that of the first answer."""
+    return type(value) is kind or type(value) is type(next((answer for answer in answers if answer != ""), kind))
 
 
 def dict_matches(value, answers):
@@ -1402,40 +1313,32 @@ def dict_matches(value, answers):
                and all(key in value or "" in answer[key] for key in answer) for answer in answers)
 
 
-def item_fits(value, kind, answers):
-    """Type of an element: the documented one, or that of the first answer."""
-    first = next((answer for answer in answers if answer != ""), None)
-    return type(value) is kind or first is not None and type(value) is type(first)
-
-
 def value_matches(value, shape, answers):
-    """Is an argument among the answers? An int is taken for a float; a value of the answers' type instead of the
-    documented one stands for a variable and is compared as it is."""
+    """Is an argument among the answers? An int is taken for a float. Where the answers are of another type than the
+    documented one they name a variable, and are compared as they are."""
     kind, inner = AST_TYPES[shape["type"]], None
     if shape["type"] in ("array", "tuple"):
         inner = AST_TYPES[shape["items"]["type"]]
     value = float(value) if kind is float and type(value) is int else value
-    first = next((answer for answer in answers if answer != ""), None)
-    variable = first is not None and type(first) is not kind
-    if type(value) is not kind:
-        return first is not None and type(value) is type(first) and value in answers
-    if inner and not any(not isinstance(answer, list) or all(item_fits(v, inner, answer) for v in value)
-                         for answer in answers):
+    variable = any(type(answer) is not kind for answer in [a for a in answers if a != ""][:1])
+    if not same_type(value, kind, answers):
         return False
-    if variable:
+    if inner and type(value) is kind and not any(
+            not isinstance(a, list) or all(same_type(v, inner, a) for v in value) for a in answers):
+        return False
+    if variable or type(value) is not kind:
         return value in answers
     if kind is dict:
         return dict_matches(value, answers)
     if inner is dict:
-        return any(len(value) == len(answer) and all(dict_matches(v, [a]) for v, a in zip(value, answer))
-                   for answer in answers)
+        return any(len(value) == len(a) and all(dict_matches(v, [b]) for v, b in zip(value, a)) for a in answers)
     if kind is list:
-        return list(map(plain, value)) in [list(map(plain, answer)) for answer in answers]
-    return plain(value) in map(plain, [a for a in answers if isinstance(a, str)]) if kind is str else value in answers
+        return list(map(plain, value)) in [list(map(plain, a)) for a in answers]
+    return plain(value) in [plain(a) for a in answers if isinstance(a, str) == (kind is str)]
 
 
 def call_matches(call, doc, answer):
-    """call (name, arguments) against answer {name: {parameter: [values]}}; "" among the values: it may be left out."""
+    """call (name, arguments) against answer {name: {parameter: [values]}}; "" among these: it may be left out."""
     (name, allowed), = answer.items()
     known = doc["parameters"]["properties"]
     return (call[0] == name and all(p in call[1] for p in doc["parameters"].get("required", ()))
@@ -1444,88 +1347,112 @@ def call_matches(call, doc, answer):
 
 
 def ast_correct(calls, docs, answers):
-    """As many calls as answers, and each answer has a call of its own, in any order. docs {name: function}"""
+    """As many calls as answers, and for each answer a call of its own, in any order; docs {name: function}."""
     left = list(calls)
     for answer in answers if len(calls) == len(answers) else ():
         match = next((call for call in left if call_matches(call, docs[next(iter(answer))], answer)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return len(calls) == len(answers)
+        left = [call for call in left if call is not match]
+    return len(calls) == len(answers) and not left
 
 
 # Students
-ORIGINS = "current", "earlier", "return", "clarified"  # of an argument: said in this turn, before, returned, asked for
-MIX = dict(current=0.44, earlier=0.19, **{"return": 0.11})  # shares in the Berkeley data's gold calls (measured)
+MIX = dict(current=0.44, earlier=0.19, **{"return": 0.11})  # of arguments in the Berkeley data's gold calls (measured)
+MARKS = [*ORIGINS, "calls right", "tools right", "calls in chitchat", "asks when it should", "should when it asks"]
+
+
+def held_out(cfg):
+    """Dialogues of unseen tools, in unseen frames of words, by a way of choosing tools that uses no graph: half have
+    tools of two things, half random ones; of each half one in two follows a plan."""
+    world, made = library(True), []
+    things = sorted({tool["thing"] for tool in world.values()})
+    for i in itertools.count():
+        rng = random_of("held out", cfg.seed, i)
+        some = rng.sample(things, 2)
+        names = [name for name, tool in world.items() if i % 2 or tool["thing"] in some]
+        picked = rng.sample(names, min(len(names), rng.randint(3, 6)))
+        made.append(last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1)) | dict(id=i, tools=picked))
+        made[-1]["tokens"] = 0
+        if broken_rules(made[-1], [world[name]["tool"] for name in picked]):
+            made.pop()
+        if len(made) == cfg.n_test:
+            return made
 
 
 def questions(dialogues, docs):
-    """What an assistant is asked on held-out dialogues: (messages before, gold message, origins of its calls, is the
-    request chitchat) for each of its turns."""
+    """What an assistant is asked in held-out dialogues: all before each of its turns, and what is right there."""
     rows = []
-    for dialogue in dialogues:
-        origins, turn = iter(dialogue["origins"]), -1
-        for i, m in enumerate(dialogue["messages"]):
+    for d in dialogues:
+        origins, turn = iter(d["origins"]), -1
+        for i, m in enumerate(d["messages"]):
             turn += m["role"] == "user"
             if m["role"] == "assistant":
-                kind = dialogue["plan"][dialogue["about"][turn]]["type"]
-                rows.append(dict(id=dialogue["id"], before=dialogue["messages"][:i], gold=m, kind=kind,
-                                 after=dialogue["messages"][i - 1]["role"],
-                                 tools=[docs[name] for name in dialogue["tools"]],
-                                 origins=[next(origins) for _ in m.get("tool_calls", ())]))
+                calls = [(call["function"]["name"], json.loads(call["function"]["arguments"]), next(origins))
+                         for call in m.get("tool_calls", ())]
+                chat = d["plan"][d["about"][turn]]["type"] == "chitchat"
+                rows.append(dict(id=d["id"], before=d["messages"][:i], calls=calls, tools=[docs[n] for n in d["tools"]],
+                                 kind="chitchat" if chat else d["messages"][i - 1]["role"]))
     return rows
 
 
 def marks(row, text):
-    """{measure: [right, all]} of one reply: arguments by origin, whole calls, asking back, calls where none is due."""
-    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in row["gold"].get("tool_calls", ())]
-    docs, calls, found = {t["function"]["name"]: t["function"] for t in row["tools"]}, read_hermes(text), {}
-    asks = row["after"] == "user" and not gold and row["kind"] == "tool"
-    if row["after"] == "user" and row["kind"] == "tool":
-        found["asks when it should"] = [int(asks and not calls), int(asks)]
-        found["should when it asks"] = [int(asks and not calls), int(not calls)]
-    if row["after"] == "user" and row["kind"] == "chitchat":
-        found["calls in chitchat"] = [int(bool(calls)), 1]
+    """{measure: [right, all]} of a reply: arguments by origin, whole messages, asking back, calls where none is due."""
+    docs, calls, gold = {t["function"]["name"]: t["function"] for t in row["tools"]}, read_hermes(text), row["calls"]
+    if row["kind"] == "chitchat":
+        return {"calls in chitchat": [bool(calls), 1]}
+    found, asks = {}, row["kind"] == "user" and not calls
+    if row["kind"] == "user":  # a request: call, or ask for what is missing
+        found = {"asks when it should": [asks and not gold, not gold], "should when it asks": [asks and not gold, asks]}
     if not gold:
         return found
-    answers = [{name: {p: [v] for p, v in arguments.items()}} for name, arguments in gold]
-    found["calls right"] = [int(ast_correct(calls, docs, answers)), 1]
-    found["tools right"] = [int(Counter(n for n, _ in calls) == Counter(n for n, _ in gold)), 1]
-    for (name, arguments), origins in zip(gold, row["origins"]):
-        same = [other for n, other in calls if n == name]
-        best = max(same, key=lambda other: sum(other.get(p) == v for p, v in arguments.items()), default={})
+    answers = [{name: {p: [v] for p, v in arguments.items()}} for name, arguments, _ in gold]
+    found["calls right"] = [ast_correct(calls, docs, answers), 1]
+    found["tools right"] = [sorted(name for name, _ in calls) == sorted(name for name, *_ in gold), 1]
+    found |= {origin: [0, 0] for origin in ORIGINS}
+    for name, arguments, origins in gold:
+        said = max((a for n, a in calls if n == name), default={},
+                   key=lambda a: sum(plain(a.get(p)) == plain(v) for p, v in arguments.items()))
         for p, v in arguments.items():
-            tally = found.setdefault(origins[p], [0, 0])
-            tally[0] += plain(best.get(p)) == plain(v)
-            tally[1] += 1
-    if all(set(origins.values()) <= {"current"} for origins in row["origins"]):
-        found["calls right, all current"] = found["calls right"]
+            found[origins[p]][0] += plain(said.get(p)) == plain(v)
+            found[origins[p]][1] += 1
     return found
 
 
-def tallies(rows, texts, names):
-    """(dialogues, measures, 2): sums of marks over the turns of a dialogue."""
-    ids = {i: n for n, i in enumerate(dict.fromkeys(row["id"] for row in rows))}
-    total = np.zeros((len(ids), len(names), 2))
+def tallies(rows, texts):
+    """(dialogues, MARKS, 2): sums of marks over the turns of a dialogue."""
+    place = {i: n for n, i in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    total = np.zeros((len(place), len(MARKS), 2))
     for row, text in zip(rows, texts):
         for name, pair in marks(row, text).items():
-            total[ids[row["id"]], names.index(name)] += pair
+            total[place[row["id"]], MARKS.index(name)] += pair
     return total
 
 
-MARKS = [*ORIGINS, "calls right", "calls right, all current", "tools right", "calls in chitchat", "asks when it should",
-         "should when it asks"]
-
-
 def rates(total, weight):
-    """(..., measures): shares from tallies (dialogues, measures, 2), dialogues weighted (..., dialogues)."""
+    """(..., MARKS): shares from tallies (dialogues, MARKS, 2), dialogues weighted (..., dialogues)."""
     sums = np.tensordot(weight, total, (-1, 0))
     return sums[..., 0] / np.maximum(sums[..., 1], 1)
 
 
+# Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights
+# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by their origin.
+CLAIMS = [
+    ("edges-compose", "composable pairs, among edges - among all", 0.0, "random pairs are as good"),
+    ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
+    ("earlier-returns", "return, both - neither", 0.0, "graph and plan do not teach to use what was returned"),
+    ("current-not-lower", "current, both - neither", -0.02, "it is paid for with what is said in the same turn"),
+    ("plan-links", "share of arguments said before or returned, both - no-plan", 0.0, "a plan links no more requests"),
+    ("graph-links", "the same, both - no-graph", 0.0, "the graph gives a planner no more to link"),
+    ("graph-is-diverse", "D-3, both - no-graph", 0.0, "the graph makes texts no more diverse (paper: +0.147)"),
+    ("graph-has-entropy", "H, both - no-graph", 0.0, "nor their words (paper: +0.54)"),
+    ("plan-is-coherent", "SS, both - no-plan", 0.0, "a plan makes rounds no more alike (paper: +1.33)"),
+    ("edges-are-used-together", "same task, edges at 0.82 - all pairs", 0.0, "edges are no sign of co-use"),
+]
+PARTS, T_975 = 10, 2.262  # equal parts of an arm's data; Student's quantile for 9 degrees of freedom
+
+
 def resample(n, draws=2000):
     """Weights (draws, n) of bootstrap samples; the same for all arms, which makes differences paired."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws).astype(float)
 
 
 def interval(draws, statistic):
@@ -1533,117 +1460,54 @@ def interval(draws, statistic):
     return statistic, (min(low, statistic), max(high, statistic))
 
 
-def between(a, b):
-    """Mean and 95 % t-interval of the difference of two lists of measures of equal parts."""
-    gap = np.subtract(a, b)
-    half = T_975 * gap.std(ddof=1) / math.sqrt(len(gap))
-    return gap.mean(), (gap.mean() - half, gap.mean() + half)
-
-
-PARTS, T_975 = 10, 2.262  # equal parts of an arm's data; Student's quantile for 9 degrees of freedom
-
-# Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights and
-# the order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by their origin.
-CLAIMS = [
-    ("edges-compose", "composable pairs, among edges - among all", 0.0, "the graph finds what a random pair is as well"),
-    ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
-    ("earlier-returns", "return, both - neither", 0.0, "graph and plan do not teach to use what was returned"),
-    ("current-not-lower", "current, both - neither", -0.02, "it is paid for with what is said in the same turn"),
-    ("plan-links", "share of arguments said or returned before, both - no-plan", 0.0, "a plan links no more requests"),
-    ("graph-links", "the same, both - no-graph", 0.0, "the graph gives the planner no more to link"),
-    ("graph-is-diverse", "D-3, both - no-graph", 0.0, "the graph makes what is said no more diverse (paper: +0.147)"),
-    ("graph-has-entropy", "H, both - no-graph", 0.0, "nor its words (paper: +0.54)"),
-    ("plan-is-coherent", "SS, both - no-plan", 0.0, "a plan makes rounds no more alike (paper: +1.33)"),
-    ("edges-are-used-together", "precision of edges - base rate, same task", 0.0, "real: edges are no sign of co-use"),
-]
-
-
 def data_claims(parts):
-    """Claims on the data: {arm: [measures of a part]}."""
+    """From {arm: [measures of a part]}: differences of arms with t-intervals over the parts."""
     found = {}
-    for name, other, what in (("plan-links", "no-plan", ("earlier", "return")),
-                              ("graph-links", "no-graph", ("earlier", "return")),
-                              ("graph-is-diverse", "no-graph", ("D-3",)), ("graph-has-entropy", "no-graph", ("H",)),
-                              ("plan-is-coherent", "no-plan", ("SS",))):
-        if "both" in parts and other in parts:
-            a, b = ([sum(part[w] for w in what) for part in parts[arm]] for arm in ("both", other))
-            found[name] = between(a, b)
+    for name, other, what in (("plan-links", "no-plan", "earlier return"),
+                              ("graph-links", "no-graph", "earlier return"), ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
+                              ("plan-is-coherent", "no-plan", "SS")):
+        if {"both", other} <= parts.keys():
+            gap = [sum(a[w] - b[w] for w in what.split()) for a, b in zip(parts["both"], parts[other])]
+            half = T_975 * np.std(gap, ddof=1) / math.sqrt(PARTS)
+            found[name] = np.mean(gap), (np.mean(gap) - half, np.mean(gap) + half)
     return found
 
 
 def student_claims(totals):
-    """Claims on the students: {arm: tallies}; a paired bootstrap over dialogues."""
+    """From {arm: tallies}: differences with paired bootstrap intervals over dialogues."""
     if not {"both", "neither"} <= totals.keys():
         return {}
-    weight, gap = resample(len(totals["both"])), lambda w: rates(totals["both"], w) - rates(totals["neither"], w)
-    draws, whole = gap(weight), gap(np.ones(weight.shape[1]))
+    def gap(weight):
+        return rates(totals["both"], weight) - rates(totals["neither"], weight)
+
+    n = len(totals["both"])
+    draws, whole = gap(resample(n)), gap(np.ones(n))
     return {claim: interval(draws[:, MARKS.index(name)], whole[MARKS.index(name)]) for claim, name in (
         ("earlier-turns", "earlier"), ("earlier-returns", "return"), ("current-not-lower", "current"))}
 
 
-def edge_precision(edges, truth, draws=2000):
-    """Share of true pairs among edges, among all pairs, and the difference with its bootstrap interval over tools."""
-    pair = np.triu(np.ones(edges.shape), 1)
-    weight = resample(len(edges), draws).astype(float)
+def edge_precision(edges, truth):
+    """Share of true pairs among edges, among all pairs, and their difference with its bootstrap interval over tools."""
+    def share(weight, which):
+        hit, every = (((weight @ m) * weight).sum(-1) for m in (which * truth, which))
+        return hit / np.maximum(every, 1)
 
-    def share(which):
-        hit, all_ = (((weight @ m) * weight).sum(1) for m in (which * truth, which))
-        return hit / np.maximum(all_, 1)
-
-    precision, base = (edges * pair * truth).sum() / max(1, (edges * pair).sum()), (pair * truth).sum() / pair.sum()
-    return precision, base, interval(share(edges * pair) - share(pair), precision - base)
+    pair, one, draws = np.triu(np.ones(edges.shape), 1), np.ones(len(edges)), resample(len(edges))
+    edges = pair * edges
+    precision, base = share(one, edges), share(one, pair)
+    return precision, base, interval(share(draws, edges) - share(draws, pair), precision - base)
 
 
 def auc(score, truth):
     """Probability that a true pair scores above a false one; ties count one half."""
-    order, ranks = np.argsort(score, kind="stable"), np.empty(len(score))
-    ranks[order] = np.arange(1, len(score) + 1)
-    values, inverse = np.unique(score, return_inverse=True)
-    ranks = (np.bincount(inverse, ranks) / np.bincount(inverse))[inverse]
-    n = truth.sum()
-    return float((ranks[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank, n = (count.cumsum() - (count - 1) / 2)[inverse], truth.sum()
+    return float((rank[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
 
-def composes(world):
-    """(n, n) bool: can a return of one tool be an argument of the other? Known in the made world."""
-    needs, gives = ([set(linked(tool[part])) for tool in world.values()] for part in ("params", "results"))
-    one = np.array([[bool(g & n) for n in needs] for g in gives])
-    return one | one.T
-
-
-def test_dialogues(cfg):
-    """Held-out dialogues of unseen tools and phrasings, by a generator of their own, which uses no graph: half of them
-    have the tools of two things, half random ones; half are ordered by the planner."""
-    world, made, i = library(True), [], 0
-    things = sorted({tool["thing"] for tool in world.values()})
-    while len(made) < cfg.n_test:
-        rng = random_of("test", cfg.seed, i)
-        some = rng.sample(things, 2)
-        names = [name for name, tool in world.items() if tool["thing"] in some]
-        picked = rng.sample(names if i % 2 else list(world), min(len(names), rng.randint(3, 6)))
-        dialogue = last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1)) | dict(id=i, tools=picked)
-        dialogue["tokens"] = 0
-        if not broken_rules(dialogue, [world[name]["tool"] for name in picked], 1):
-            made.append(dialogue)
-        i += 1
-    return made
-
-def prompt_ids(tok, tools, before, brief):
-    """Ids of a conversation up to where the assistant begins."""
-    row = dict(messages=before, tools=[without_results(tool) for tool in tools])
-    return encode_row(tok, row, brief)[0] + tok.head["assistant"]
-
-
-def answer_all(model, tok, prompts, max_new, size=64):
-    """Greedy replies to prompts (lists of ids), those of like length together."""
-    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for i in range(0, len(order), size):
-        some = order[i : i + size]
-        texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop)))
-    return [texts[i] for i in range(len(prompts))]
 
 # ---------------------------------------------------------------- 6. Training
 def encode_row(tok, row, brief):
-    """Token ids and which of them are learned, of a row of to_openai: what the assistant says and the end of its turn."""
+    """Token ids of a row of to_openai, and which are learned: what the assistant says, and the end of its turn."""
     ids, learned = [], []
     for m in shown(row, brief):
         body = tok.encode(m["content"]) + tok.stop[:1]
@@ -1653,38 +1517,41 @@ def encode_row(tok, row, brief):
     return ids, learned
 
 
+def prompt_ids(tok, tools, before, brief):
+    """Ids of a conversation up to where the assistant begins."""
+    row = dict(messages=before, tools=[*map(without_results, tools)])
+    return encode_row(tok, row, brief)[0] + tok.head["assistant"]
+
+
 def pack(rows, seq_len):
-    """Rows (ids, learned) side by side in lines of seq_len: ids, targets (-100: not learned), the document of a token
-    (-1: padding) and its place in it, all (N, seq_len). First fit, in order; a longer row is left out."""
+    """Rows (ids, learned) side by side in lines: ids, targets (-100: not learned), the document of a token (-1: none)
+    and its place in it, all (N, seq_len). First fit among the last 32 lines; a longer row is left out."""
     lines, room = [], []
     for ids, learned in rows:
-        if len(ids) > seq_len:
-            continue
-        at = next((i for i in range(max(0, len(room) - 32), len(room)) if room[i] >= len(ids)), len(lines))
-        if at == len(lines):
-            lines.append([])
-            room.append(seq_len)
-        lines[at].append((ids, learned))
-        room[at] -= len(ids)
-    out = {name: torch.full((len(lines), seq_len), fill) for name, fill in
-           (("ids", 0), ("target", -100), ("doc", -1), ("place", 0))}
+        if len(ids) <= seq_len:
+            at = next((i for i in range(max(0, len(room) - 32), len(room)) if room[i] >= len(ids)), len(room))
+            lines += [[]] * (at == len(lines))
+            room += [seq_len] * (at == len(room))
+            lines[at] = lines[at] + [(ids, learned)]
+            room[at] -= len(ids)
+    fills = dict(ids=0, target=-100, doc=-1, place=0)
+    out = {name: torch.full((len(lines), seq_len), fill) for name, fill in fills.items()}
     for i, line in enumerate(lines):
         start = 0
         for j, (ids, learned) in enumerate(line):
-            here, n = slice(start, start + len(ids)), len(ids)
-            out["ids"][i, here], out["place"][i, here] = torch.tensor(ids), torch.arange(n)
+            here, end = slice(start, start + len(ids)), start + len(ids) - 1
+            out["ids"][i, here], out["place"][i, here] = torch.tensor(ids), torch.arange(len(ids))
             out["doc"][i, here] = j
-            ahead = torch.where(torch.tensor(learned[1:]), torch.tensor(ids[1:]), -100)
-            out["target"][i, start : start + n - 1] = ahead  # each at the place of the token before it
-            start += n
+            ahead = [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])]
+            out["target"][i, start:end] = torch.tensor(ahead)  # each at the place of the token before it
+            start = end + 1
     return out
 
 
 def packed_states(model, ids, doc, place):
     """Outputs (B, L, d) of the last layer: a token sees those before it in its own document."""
-    same = (doc[:, :, None] == doc[:, None]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool,
-                                                          device=ids.device).tril()
-    x, turn = model.embed_tokens(ids), model.turn(place)
+    x, turn, L = model.embed_tokens(ids), model.turn(place), ids.shape[1]
+    same = (doc[:, :, None] == doc[:, None]) & torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
     mask = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)[:, None]
     for layer in model.layers:
         x = layer(x, turn, mask)
@@ -1700,10 +1567,9 @@ def token_logp(h, w, target, kernels=False):
 
 
 def sft_loss(model, batch, kernels=False):
-    """Sum of - log p over what is learned, and how many tokens that are; no logits are made for others."""
+    """Sum of - log p over what is learned; no logits are made for other tokens."""
     h, live = packed_states(model, batch["ids"], batch["doc"], batch["place"]), batch["target"] >= 0
-    weight = (model.lm_head or model.embed_tokens).weight
-    return -token_logp(h[live], weight, batch["target"][live], kernels).sum(), live.sum()
+    return -token_logp(h[live], (model.lm_head or model.embed_tokens).weight, batch["target"][live], kernels).sum()
 
 
 class Lora(nn.Module):
@@ -1719,64 +1585,72 @@ class Lora(nn.Module):
         return self.linear(x) + 2 * F.linear(F.linear(x, self.a), self.b)
 
 
+def swap_linears(model, kind, make):
+    """Put make(part) in the place of each part of a layer that is of a kind."""
+    for layer, (name, part) in [(layer, pair) for layer in model.layers for pair in list(layer.named_children())]:
+        if isinstance(part, kind):
+            setattr(layer, name, make(part))
+    return model
+
+
 def add_lora(model, rank):
     """LoRA in all linear layers; rank 0: none, all weights are learned."""
     model.requires_grad_(not rank)
-    for layer in model.layers if rank else ():
-        for name, linear in list(layer.named_children()):
-            if isinstance(linear, nn.Linear):
-                setattr(layer, name, Lora(linear, rank))
-    return model
+    return swap_linears(model, nn.Linear, lambda linear: Lora(linear, rank)) if rank else model
 
 
 def merge_lora(model):
-    """Add A and B to W, in place."""
-    for layer in model.layers:
-        for name, part in list(layer.named_children()):
-            if isinstance(part, Lora):
-                part.linear.weight.data += 2 * part.b.data @ part.a.data
-                setattr(layer, name, part.linear)
-    return model
+    """Add A and B to W."""
+    def merge(part):
+        part.linear.weight.data += 2 * part.b.data @ part.a.data
+        return part.linear
+
+    return swap_linears(model, Lora, merge)
 
 
-def train(cfg, run, state, job, model, data):
-    """cfg.steps optimizer steps on batches of packed lines, in an order that depends on the seed alone. Linear warm-up
-    in a tenth of the steps, constant to the half, then linear to 0."""
+def presentation(n, total, *key):
+    """Which of n rows is shown at each of `total` places: all of them in a new random order, again and again."""
+    orders = (random_of("order", *key, epoch).sample(range(n), n) for epoch in itertools.count())
+    return list(itertools.islice(itertools.chain.from_iterable(orders), total))
+
+
+def train(cfg, run, state, job, model, data, steps):
+    """Optimizer steps on packed lines, in an order that depends on the seed alone. Linear warm-up in a tenth of the
+    steps, constant to the half, then linear to 0."""
     learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), cfg.lr, (0.9, 0.98), weight_decay=cfg.weight_decay, fused=True)
-    step, order = 0, presentation(len(data["ids"]), cfg.steps * cfg.batch_size, cfg.seed)
+    optimizer = torch.optim.AdamW(learned.values(), cfg.lr, (0.9, 0.98), weight_decay=0.1, fused=True)
+    step, order = 0, presentation(len(data["ids"]), steps * cfg.batch_size, cfg.seed)
     if state.get("job") == job:
         step = state["step"]
-        model.load_state_dict(state["model"], strict=False)
+        model.load_state_dict(state["model"], strict=False)  # with LoRA, of that alone
         optimizer.load_state_dict(state["optimizer"])
-    log, began, seen, model = Log(run, job, cfg.steps, step), time.perf_counter(), 0, model.train()
-    while step < cfg.steps:
+    log, began, seen, model = Log(run, job, steps, step), time.perf_counter(), 0, model.train()
+    while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min((step + 1) / (cfg.steps / 10 + 1), 1, 2 * (1 - step / cfg.steps))
-        lines = order[step * cfg.batch_size :][: cfg.batch_size]
-        batch, total = {name: x[lines].to(run.device) for name, x in data.items()}, 0.0
+            group["lr"] = cfg.lr * min((step + 1) / (steps / 10 + 1), 1, 2 * (1 - step / steps))
+        lines, total = order[step * cfg.batch_size :][: cfg.batch_size], 0.0
+        batch = {name: x[lines].to(run.device) for name, x in data.items()}
         count = (batch["target"] >= 0).sum()
         for i in range(0, len(lines), cfg.micro_batch):
             part = {name: x[i : i + cfg.micro_batch] for name, x in batch.items()}
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                loss = sft_loss(model, part, cfg.kernels)[0] / count  # a token counts as much in any micro-batch
+                loss = sft_loss(model, part, cfg.kernels) / count  # a token counts as much in any micro-batch
             loss.backward()
             total += loss.item()
         norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step, seen = step + 1, seen + batch["ids"].numel()
-        if step == 1 or step % cfg.log_every == 0 or step == cfg.steps:
+        if step == 1 or step % cfg.log_every == 0 or step == steps:
             if not math.isfinite(total):
                 fail(f"{job}: training diverged; lower --lr")
             log(step, loss=total, gnorm=float(norm), lr=group["lr"], tokens_per_s=seen / (time.perf_counter() - began))
-        stop = should_stop(run)
-        if stop or step % cfg.save_every == 0 and step < cfg.steps:
+        if run.stop or step % cfg.save_every == 0 and step < steps:
             weights = {name: p.detach() for name, p in learned.items()}
             remember(run, state, job=job, step=step, model=weights, optimizer=optimizer.state_dict())
-        if stop:
-            stopped(run)
+        pause(run)
     return model.eval()
+
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
 # --- block: cli ---
@@ -1802,6 +1676,7 @@ def cli(config, scales, argv=None):
     scale, task = given.get("scale", config.scale), given.get("task", config.task)
     return config(**{**scales[scale], **scales.get(f"{scale}:{task}", {}), **given})
 # --- end block ---
+
 
 # --- block: run ---
 def start_run(cfg, script):
@@ -1843,6 +1718,7 @@ def should_stop(run):
     return bool(flag)
 # --- end block ---
 
+
 # --- block: log ---
 class Log:
     """Progress: a bar on a terminal, else a line every five seconds; every record also goes to out/log.jsonl."""
@@ -1864,6 +1740,7 @@ class Log:
             self.shown = time.monotonic()
             print(f"{self.name} step {step}/{self.total} | {text}", flush=True)
 # --- end block ---
+
 
 # --- block: result ---
 def verdict(statistic, ci, threshold):
@@ -1906,6 +1783,7 @@ def report(cfg, run, script, argv, found, claims, **record):
     return result
 # --- end block ---
 
+
 # --- block: checkpoint ---
 def replace_file(path, content):
     """Write bytes so that a kill at any moment leaves the old file or the new one."""
@@ -1945,6 +1823,7 @@ def export(model):
     once = {p.data_ptr(): (name, p.detach().contiguous()) for name, p in reversed(model.state_dict().items())}
     return save(dict(once.values()))
 # --- end block ---
+
 
 # --- block: pretrained ---
 def download(hub, url, path, entry):
@@ -2039,6 +1918,7 @@ def load_tokenizer(folder):
                            special=special, **{k: special.get(str(config.get(k + "_token"))) for k in ("bos", "eos")})
 # --- end block ---
 
+
 # --- block: chat ---
 class Chat:
     """An OpenAI-compatible endpoint. Replies are kept on disk under the hash of endpoint, model, payload and index of
@@ -2087,177 +1967,17 @@ class Chat:
             pool.shutdown(wait=False, cancel_futures=True)
 # --- end block ---
 
-class Remote:
-    """Endpoints as teachers, one for each model; texts come from --replies where they were paid for before."""
 
-    def __init__(self, cfg, run, state):
-        folder = Path(cfg.replies or run.out / "replies")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.names = cfg.model.split(",")
-        self.chats = {name: Chat(cfg.teacher, name, folder, cfg.workers) for name in self.names}
-        self.before = state.get("spent", 0)
-
-    def spent(self):
-        return self.before + sum(chat.tokens for chat in self.chats.values())
-
-    def ask(self, jobs):
-        """Texts of [(model, prompt, temperature, index)]."""
-        texts = [None] * len(jobs)
-        for name, chat in self.chats.items():
-            mine = [i for i, job in enumerate(jobs) if job[0] == name]
-            replies = chat.ask([(dict(messages=[dict(role="user", content=jobs[i][1])], temperature=jobs[i][2],
-                                      max_tokens=MOST_REPLY), jobs[i][3]) for i in mine])
-            for i, text in zip(mine, replies):
-                texts[i] = text
-        return texts
-
-
-class LocalTeacher:
-    """A checkpoint as teacher; a small one writes little that passes."""
-
-    def __init__(self, cfg, run):
-        folder = fetch_model(cfg.teacher)
-        self.model, self.tok, self.names = load_real(folder).to(run.device).eval(), load_tokenizer(folder), [folder.name]
-
-    def spent(self):
-        return 0
-
-    def ask(self, jobs):
-        texts = []
-        for _, prompt, temperature, index in jobs:
-            g = torch.Generator(self.model.norm.weight.device).manual_seed(zlib.crc32(repr((prompt, index)).encode()))
-            ids = self.tok.chat([dict(role="user", content=prompt)])
-            new, = generate(self.model, [ids], MOST_REPLY, [self.tok.eos], temperature, 0.95, g)
-            texts.append(self.tok.decode(new).decode("utf-8", "replace") if isinstance(self.tok.decode(new), bytes)
-                         else self.tok.decode(new))
-        return texts
-
-
-MOST_REPLY = 1024  # most tokens of a reply
-
-
-def synthesize(cfg, run, state, tools, edges, teacher, tok):
-    """Dialogues by language models, cfg.part of them side by side. What is asked is kept under its hash, so a killed
-    run asks nothing twice; a part is written at once. Over --budget no new question is asked."""
-    path, near, log = run.out / "dialogues.jsonl", Near(), Log(run, "dialogues", cfg.dialogues)
-    rows = read_rows(path, cfg.part)
-    for row in rows:
-        _ = row["broken"] or near(row)
-    while len(rows) < cfg.dialogues and teacher.spent() <= cfg.budget:
-        ids = range(len(rows), min(len(rows) + cfg.part, cfg.dialogues))
-        new = converse_all(cfg, tools, edges, teacher, ids)
-        if new is None:
-            print(f"stopped after {teacher.spent():,} tokens: --budget {cfg.budget:,}; the replies are kept in --replies")
-            break
-        new = [finish(cfg, tok, d, [tools[j] for j in d["tools"]], near) if d["messages"] else d for d in new]
-        append_rows(path, new)
-        rows += new
-        remember(run, state, spent=teacher.spent())
-        log(len(rows), kept=sum(not row["broken"] for row in rows), tokens=teacher.spent())
-        if should_stop(run):
-            stopped(run)
-    return rows
-
-
-def converse_all(cfg, tools, edges, teacher, ids):
-    """Dialogues `ids`, all at once: what they wait for is asked together. None when the budget is used up."""
-    live, done, jobs = {}, {}, {}
-    for i in ids:
-        picked, rng = subsets(cfg, edges, ARMS[cfg.arms][0], i), random_of("teacher", cfg.seed, i)
-        low, high = map(int, cfg.turns.split("-"))
-        agents = Agents([tools[j] for j in picked], rng.randint(low, high))
-        done[i] = dict(id=i, tools=picked, model=rng.choice(teacher.names), messages=[])
-        live[i] = converse(agents, ARMS[cfg.arms][1])
-    replies = dict.fromkeys(live)
-    while live:
-        for i, talk in list(live.items()):
-            try:
-                prompt, temperature, n = talk.send(replies[i])
-                jobs[i] = done[i]["model"], prompt, temperature, 3 * i + n
-            except StopIteration as end:
-                done[i] |= end.value
-            except Dropped as why:
-                done[i]["broken"] = [str(why)]
-            if live[i].gi_frame is None:
-                del live[i]
-                jobs.pop(i, None)
-        if teacher.spent() > cfg.budget:
-            return None
-        replies = dict(zip(live, teacher.ask([jobs[i] for i in live])))
-    return [done[i] for i in ids]
-
-
-def load_real(folder):
-    """A checkpoint's decoder in fp32 on the CPU."""
-    try:
-        shape = read_shape(json.loads((folder / "config.json").read_text()))
-        with torch.device("meta"):
-            model = Decoder(shape)
-        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
-        model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
-    return model
-
-
-def chat_tokens(folder):
-    """A checkpoint's tokenizer with its turns: ChatML or Llama-3."""
-    tok = load_tokenizer(folder)
-    if "<|im_start|>" in tok.special:
-        head = {role: [tok.special["<|im_start|>"], *tok.encode(role + "\n")] for role in ROLES}
-        stop, between = [tok.special["<|im_end|>"]], tok.encode("\n")
-    elif "<|eot_id|>" in tok.special:
-        start, end = tok.special["<|start_header_id|>"], tok.special["<|end_header_id|>"]
-        head = {role: [start, *tok.encode(role), end, *tok.encode("\n\n")] for role in ROLES}
-        stop, between = [tok.special["<|eot_id|>"]], []
-    else:
-        fail(f"{folder}: neither ChatML nor Llama-3 turns")
-    text = lambda ids: tok.decode(ids)
-    return SimpleNamespace(encode=tok.encode, decode=text, head=head, stop=stop, between=between)
-
-def encoder_of(cfg, device):
-    """embed(texts) -> unit rows on the CPU, and its name: a BERT-type checkpoint, or hashed n-grams."""
-    if not cfg.encoder:
-        return hashed_ngrams, "hashed n-grams"
-    encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
-
-    def embed(texts):
-        order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-        for i in range(0, len(order), 64):
-            some = order[i : i + 64]
-            rows |= zip(some, encoder.embed([texts[j][:1500] for j in some]).cpu())
-        return torch.stack([rows[i] for i in range(len(texts))]) if texts else torch.zeros(0, 1)
-
-    return embed, Path(cfg.encoder).name
-
-def new_student(cfg, run, tok, weights=None):
-    """A tiny decoder with first weights that depend on the seed alone, or those of a file."""
-    torch.manual_seed(random_of("weights", cfg.seed).getrandbits(60))
-    model = Decoder(student_shape(cfg, tok))
-    nn.init.normal_(model.embed_tokens.weight, 0, cfg.n_embd**-0.5)
-    if weights:
-        model.load_state_dict(load_file(weights))
-    return model.to(run.device)
-
-
-def once(path, make, load):
-    """What is in a file of weights, which make() trains if it is not there."""
-    if not path.exists():
-        replace_file(path, export(make()))
-    return load(path)
+def pause(run):
+    """After Ctrl-C: say how to go on, and leave."""
+    if should_stop(run):
+        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        raise SystemExit(130)
 
 
 def remember(run, state, **job):
     """Save what is done, and the training in progress if there is one."""
-    state.update({key: job.pop(key) for key in ("spent",) if key in job})
-    save_state(run, done=state["done"], spent=state["spent"], seconds=time.perf_counter() - run.began, **job)
-
-
-def stopped(run):
-    """Say how to go on, and leave."""
-    print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
-    raise SystemExit(130)
+    save_state(run, done=state["done"], seconds=time.perf_counter() - run.began, **job)
 
 
 def read_rows(path, size):
@@ -2280,6 +2000,12 @@ def append_rows(path, rows):
         os.fsync(file.fileno())
 
 
+def write_formats(out, name, rows):
+    """Rows of to_openai as two JSONL files."""
+    for form, write in (("openai", dict), ("hermes", to_hermes)):
+        replace_file(out / f"{form}{name}.jsonl", "".join(json.dumps(write(row)) + "\n" for row in rows).encode())
+
+
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -2289,223 +2015,76 @@ def load_kernel(name):
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
 
 
-def presentation(n, total, *key):
-    """Which of n rows is shown at each of `total` places: all of them in a new random order, again and again."""
-    orders = (random_of("order", *key, epoch).sample(range(n), n) for epoch in itertools.count())
-    return list(itertools.islice(itertools.chain.from_iterable(orders), total))
+def encoder_of(cfg, device):
+    """embed(texts) -> unit rows on the CPU, and its name: a BERT-type checkpoint, or hashed n-grams."""
+    if not cfg.encoder:
+        return hashed_ngrams, "hashed n-grams"
+    encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
+
+    def embed(texts):
+        order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
+        for i in range(0, len(order), 64):
+            some = order[i : i + 64]
+            rows |= zip(some, encoder.embed([texts[j][:1500] for j in some]).cpu())
+        return torch.stack([rows[i] for i in range(len(texts))])
+
+    return embed, Path(cfg.encoder).name
 
 
-def dry_run(cfg):
-    """What a run takes, without allocating a network or asking anybody."""
-    if cfg.task == "synth":
-        low, high = map(int, cfg.turns.split("-"))
-        turns = (low + high) / 2
-        asked = 1 + 4.5 * turns  # a plan; for each request the user, a call, its result and an answer, and some again
-        read, written = asked * (150 * 4.5 + 60 * 2.25 * turns), asked * 60
-        return print(f"{cfg.dialogues:,} dialogues: about {cfg.dialogues * asked:,.0f} requests, "
-                     f"{cfg.dialogues * read:.1e} tokens read and {cfg.dialogues * written:.1e} written (tools of 150 "
-                     f"tokens, messages of 60); at 1 $ a million read and 4 $ written {cfg.dialogues * (read + 4 * written) / 1e6:,.2f} $; "
-                     f"--budget stops after {cfg.budget:,}")
-    shape = student_shape(cfg, Words())
-    if cfg.task == "sft" and cfg.model and Path(cfg.model).is_dir():
-        shape = read_shape(json.loads((Path(cfg.model) / "config.json").read_text()))
-    with torch.device("meta"):
-        n = sum(p.numel() for p in Decoder(shape).parameters())
-    runs = 1 if cfg.task == "sft" else len(cfg.students.split(","))
-    tokens = runs * cfg.steps * cfg.batch_size * cfg.seq_len
-    memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
-    print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
-          f"{6 * n * tokens / 2e10 / 3600:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 2e14 / 3600:.3f} on one "
-          "H100 (200 TFLOP/s; a model this small has less)")
+def new_student(cfg, run, tok, weights=None):
+    """A tiny decoder with first weights that depend on the seed alone, or those of a file."""
+    torch.manual_seed(random_of("weights", cfg.seed).getrandbits(60))
+    model = Decoder(student_shape(cfg, tok))
+    nn.init.normal_(model.embed_tokens.weight, 0, cfg.n_embd**-0.5)
+    if weights:
+        model.load_state_dict(load_file(weights))
+    return model.to(run.device)
 
 
-def draw_graph(path, edges, names, found):
-    """The graph with one walk in it: clusters as rings, so that a person can see them."""
-    from matplotlib.figure import Figure
-
-    label = components(edges)
-    order = sorted(range(len(edges)), key=lambda i: (-int((label == label[i]).sum()), int(label[i])))
-    sizes = [len(list(group)) for _, group in itertools.groupby(int(label[i]) for i in order)]
-    place, start, columns = np.zeros((len(edges), 2)), 0, max(1, math.isqrt(len([s for s in sizes if s > 1])))
-    for c, size in enumerate(s for s in sizes if s > 1):
-        angle = 2 * np.pi * np.arange(size) / size
-        centre = np.array([c % columns, -(c // columns)]) * 2.4
-        for i, a in zip(order[start : start + size], angle):
-            place[i] = centre + min(1.1, 0.3 + size / 40) * np.array([np.cos(a), np.sin(a)])
-        start += size
-    figure = Figure(figsize=(11, 11))
-    axes = figure.add_axes((0, 0, 1, 0.96))
-    pairs = edges.triu().nonzero().numpy()
-    axes.plot(place[pairs][..., 0].T, place[pairs][..., 1].T, color="0.75", lw=0.5, zorder=1)
-    axes.scatter(*place[order[:start]].T, s=9, color="tab:blue", zorder=2)
-    axes.plot(*place[found].T, "o-", color="tab:red", lw=1.5, zorder=3)
-    for i in found:
-        axes.annotate(names[i], place[i], fontsize=9, color="tab:red", parse_math=False)
-    axes.set_axis_off()
-    figure.suptitle(f"{len(edges)} tools, {len(pairs)} edges; {len(edges) - start} tools without a neighbour are left "
-                    "out; red: one walk", fontsize=11)
-    figure.savefig(path, dpi=110)
-
-# ---------------------------------------------------------------- 8. Main
-def run_students(cfg, run, state, data, world, tok):
-    """Train a student on each arm's dialogues and ask it about unseen tools: {arm: tallies}."""
-    docs = {name: tool["tool"] for name, tool in library(True).items()}
-    rows, totals = questions(test_dialogues(cfg), docs), {}
-    prompts = [prompt_ids(tok, row["tools"], row["before"], True) for row in rows]
-    for arm in cfg.students.split(","):
-        encoded = [encode_row(tok, to_openai(d, [world[name]["tool"] for name in d["tools"]]), True) for d in data[arm]]
-        make = lambda: train(cfg, run, state, f"student {arm}", new_student(cfg, run, tok), pack(encoded, cfg.seq_len))
-        model = once(run.out / f"student-{arm}.safetensors", make, lambda path: new_student(cfg, run, tok, path)).eval()
-        if f"marks {arm}" not in state["done"]:
-            texts = answer_all(model, tok, prompts, cfg.max_new)
-            replace_file(run.out / f"answers-{arm}.jsonl", "".join(
-                json.dumps(dict(id=row["id"], gold=row["gold"], reply=text)) + "\n"
-                for row, text in zip(rows, texts)).encode())
-            state["done"][f"marks {arm}"] = tallies(rows, texts, MARKS).tolist()
-            remember(run, state)
-        totals[arm] = np.array(state["done"][f"marks {arm}"])
-    return totals
+def load_real(folder):
+    """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the turns of ChatML or Llama-3."""
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = Decoder(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+    tok = load_tokenizer(folder)
+    llama = "<|eot_id|>" in tok.special
+    start, end, stop = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>") if llama else (
+        "<|im_start|>", "", "<|im_end|>")
+    if stop not in tok.special:
+        fail(f"{folder}: neither ChatML nor Llama-3 turns")
+    head = {role: [tok.special[start], *tok.encode(role), *([tok.special[end]] if end else []),
+                   *tok.encode("\n\n" if llama else "\n")] for role in ROLES}
+    return model, SimpleNamespace(encode=tok.encode, decode=tok.decode, head=head, stop=[tok.special[stop]],
+                                  between=[] if llama else tok.encode("\n"))
 
 
-def run_world(cfg, run, state):
-    """Graph, dialogues of all arms, what they are like, and what students learn from them."""
-    embed, name = encoder_of(cfg, run.device)
-    tools, merged = merge_tools([tool["tool"] for tool in library().values()], embed)
-    world, tok = {tool["function"]["name"]: library()[tool["function"]["name"]] for tool in tools}, Words()
-    edges, tau = build_graph(cfg, tools, embed)
-    precision, base, gain = edge_precision(edges.numpy(), composes(world))
-    print(f"{merged} tools merged; {precision:.1%} of the edges compose, {base:.1%} of all pairs do ({name})")
-    if cfg.show_graph:
-        draw_graph(cfg.show_graph, edges, list(world), walk(edges, 6, random_of("shown", cfg.seed)))
-    found, metrics, parts, data = {"edges-compose": gain}, {"graph/precision": precision, "graph/base rate": base}, {}, {}
-    for arm in cfg.arms.split(","):
-        rows = sim_dialogues(cfg, run, arm, world, edges, tok)
-        data[arm] = within(rows, cfg.tokens)
-        size = len(data[arm]) // PARTS
-        parts[arm] = [data_measures(data[arm][i * size : (i + 1) * size], embed) for i in range(PARTS)]
-        measures = data_measures(data[arm], embed) | rule_counts(rows) | dict(dialogues=len(data[arm]))
-        metrics |= {f"{arm}/{key}": value for key, value in measures.items()}
-        for form, write in (("openai", lambda row: row), ("hermes", to_hermes)):
-            replace_file(run.out / f"{form}-{arm}.jsonl", "".join(json.dumps(write(to_openai(
-                d, [world[n]["tool"] for n in d["tools"]]))) + "\n" for d in data[arm]).encode())
-    print_table(metrics, [*cfg.arms.split(",")], ["dialogues", "H", "D-3", "SS", "calls", "turns", "asked back", *ORIGINS,
-                                                  "kept", *RULES])
-    if cfg.students:
-        totals = run_students(cfg, run, state, data, world, tok)
-        for arm, total in totals.items():
-            shares = dict(zip(MARKS, rates(total, np.ones(len(total)))))
-            shares["by the real mix"] = sum(MIX[o] * shares[o] for o in MIX) / sum(MIX.values())
-            metrics |= {f"student {arm}/{key}": float(value) for key, value in shares.items()}
-        print("right answers about unseen tools; train and test share one simulator")
-        print_table(metrics, [f"student {arm}" for arm in totals], [*MARKS, "by the real mix"])
-        found |= student_claims(totals)
-        if cfg.scale != "smoke" and metrics["student neither/current"] < 0.5:
-            print("The students have not learned to call: raise --steps or --tokens before arms are compared.")
-    return found | data_claims(parts), metrics, dict(tau=tau, encoder=name, merged=merged)
+def save_real(folder, source, model):
+    """A checkpoint's folder with other weights."""
+    def long(name):
+        part = name.split(".")[2] if name.startswith("layers.") else ""
+        inner = "self_attn." if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp." if "_proj" in part else ""
+        return name if name.startswith("lm_head") else "model." + name.replace(part, inner + part, bool(part))
+
+    folder.mkdir(exist_ok=True)
+    weights = {long(name): p.contiguous().cpu() for name, p in model.state_dict().items()}
+    replace_file(folder / "model.safetensors", save(weights))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        replace_file(folder / name, (source / name).read_bytes())
 
 
-def print_table(metrics, arms, columns):
-    """Measures as rows, arms as columns."""
-    print(f"{'':26}" + "".join(f"{arm:>18}" for arm in arms))
-    for column in columns:
-        cells = [metrics.get(f"{arm}/{column}") for arm in arms]
-        print(f"{column:26}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>18}" for cell in cells))
-
-API = dict(GorillaFileSystem="gorilla_file_system", MathAPI="math_api", MessageAPI="message_api", TwitterAPI="posting_api",
-           TicketAPI="ticket_api", TradingBot="trading_bot", TravelAPI="travel_booking",
-           VehicleControlAPI="vehicle_control")  # class of BFCL's multi-turn tasks: file of its documents
-
-
-def used_together(folder, where):
-    """{relation: set of pairs (i, j), i < j} of tools in BFCL's gold trajectories; where {(file, name): tool}."""
-    pairs = dict.fromkeys(("same task", "same turn", "consecutive calls"), frozenset())
-    for row, turns in bfcl_file(folder, "multi_turn_base"):
-        files = [API[name] for name in row["involved_classes"]]
-        names = [[re.match(r"\w+", call)[0] for call in turn] for turn in turns]
-        turns = [[next(where[f, name] for f in files if (f, name) in where) for name in turn] for turn in names]
-        flat = sum(turns, [])
-        for relation, groups in (("same task", [flat]), ("same turn", turns), ("consecutive calls", zip(flat, flat[1:]))):
-            pairs[relation] |= {pair for group in groups for pair in itertools.combinations(sorted(set(group)), 2)}
-    return pairs
-
-
-def run_graph(cfg, run, state):
-    """The graph of real tools by threshold, and whether its edges are used together (E1); else of --tools."""
-    embed, name = encoder_of(cfg, run.device)
-    metrics, found, docs, folder = {}, {}, {}, Path(cfg.data)
-    if cfg.data:
-        docs, others = bfcl_tools(folder)
-        tools = sum(docs.values(), []) + others
-    else:
-        tools = load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()]
-    texts, owner, returns = tool_texts(tools)
-    x = embed(texts)
-    pp, pr = pair_scores(x, owner, len(tools), returns)
-    print(f"{len(tools)} tools, {int((~returns).sum())} parameters, {int(returns.sum())} returns, {len(set(texts))} "
-          f"different texts ({name}); {merge_tools(tools, embed)[1]} near-duplicates")
-    for tau in (0.6, 0.7, 0.75, 0.82, 0.9):
-        edges = simgraph(x, owner, len(tools), tau, returns, cfg.kernels)
-        label, degree = components(edges), edges.sum(1).float()
-        row = dict(PP=int((pp > tau).sum()) // 2, PR=int((pr > tau).sum()) // 2, all=int(edges.sum()) // 2)
-        row |= dict(isolated=int((degree == 0).sum()), components=len(label.unique()), degree=float(degree.mean()),
-                    largest=int(label.bincount().max()))
-        metrics |= {f"tau {tau}/{key}": value for key, value in row.items()}
-    print_table(metrics, [f"tau {tau}" for tau in (0.6, 0.7, 0.75, 0.82, 0.9)], list(row))
-    if cfg.show_graph:
-        edges, tau = build_graph(cfg, tools, embed)
-        draw_graph(cfg.show_graph, edges, [name_of(tool) for tool in tools], walk(edges, 6, random_of("shown", cfg.seed)))
-    if cfg.data:
-        found = co_use(cfg, metrics, docs, tools, embed, pp.numpy(), pr.numpy())
-    return found, metrics, dict(encoder=name)
-
-
-def co_use(cfg, metrics, docs, tools, embed, pp, pr):
-    """E1: do pairs of tools with an edge occur together in gold trajectories? Beside it the similarity of descriptions,
-    which is not in the paper."""
-    where = {(file, name_of(tool)): i for i, (file, tool) in enumerate(
-        (file, tool) for file, tools in docs.items() for tool in tools)}
-    pairs = used_together(Path(cfg.data), where)
-    used = sorted({i for pair in pairs["same task"] for i in pair})
-    about = embed([f"{name_of(tools[i])}: {tools[i]['function']['description']}" for i in used])
-    best, upper, apis = np.maximum(pp, pr)[np.ix_(used, used)], np.triu_indices(len(used), 1), [
-        next(file for (file, _), j in where.items() if j == i) for i in used]
-    inside = np.array([[a == b for b in apis] for a in apis])
-    scores = dict(PP=pp[np.ix_(used, used)], PR=pr[np.ix_(used, used)], edge=best, description=(about @ about.T).numpy())
-    for relation, some in pairs.items():
-        truth = np.array([[(min(i, j), max(i, j)) in some for j in used] for i in used])
-        for part, mask in (("", np.ones_like(inside)), (" in one API", inside)):
-            chosen = mask[upper]
-            row = {f"AUC {key}": auc(s[upper][chosen], truth[upper][chosen]) for key, s in scores.items()}
-            row["base rate"] = truth[upper][chosen].mean()
-            for tau in (0.82, 0.7, 0.6):
-                edges = (best > tau)[upper] & chosen
-                row |= {f"precision {tau}": truth[upper][edges].mean(), f"edges {tau}": int(edges.sum())}
-            metrics |= {f"{relation}{part}/{key}": float(value) for key, value in row.items()}
-        if relation == "same task":
-            found = {"edges-are-used-together": edge_precision(best > 0.82, truth)[2]}
-    print_table(metrics, list(pairs), list(row))
-    print_table(metrics, [f"{relation} in one API" for relation in pairs], list(row))
-    return found
-
-
-def run_synth(cfg, run, state):
-    """Dialogues for --tools by a language model (or for the made world, by sim), as JSONL in both formats."""
-    embed, name = encoder_of(cfg, run.device)
-    tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
-    edges, tau = build_graph(cfg, tools, embed)
-    teacher = (Remote(cfg, run, state) if re.match("https?://", cfg.teacher) else LocalTeacher(cfg, run))
-    rows = synthesize(cfg, run, state, tools, edges, teacher, SimpleNamespace(
-        encode=str.split, head=dict.fromkeys(ROLES, [0]), stop=[0], between=[]))  # words stand for tokens here
-    kept = [row for row in rows if not row["broken"]]
-    for form, write in (("openai", lambda row: row), ("hermes", to_hermes)):
-        replace_file(run.out / f"{form}.jsonl", "".join(json.dumps(write(to_openai(
-            d, [tools[j] for j in d["tools"]]))) + "\n" for d in kept).encode())
-    broken = Counter(rule for row in rows for rule in row["broken"])
-    metrics = {f"dialogues/{key}": value for key, value in dict(made=len(rows), kept=len(kept), **broken).items()}
-    metrics["dialogues/tokens"] = teacher.spent()
-    print(f"{len(kept)} of {len(rows)} dialogues kept, in {run.out / 'openai.jsonl'} and hermes.jsonl; dropped by rule: "
-          f"{dict(broken)}")
-    return {}, metrics, dict(tau=tau, encoder=name, merged=merged)
+def answer_all(model, tok, prompts, max_new, size=64):
+    """Greedy replies to prompts (lists of ids), those of like length together."""
+    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for i in range(0, len(order), size):
+        some = order[i : i + size]
+        texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop)))
+    return [texts[i] for i in range(len(prompts))]
 
 
 def read_training(path):
@@ -2514,57 +2093,295 @@ def read_training(path):
     for where, row in read_json_lines(path):
         try:
             for m in row["messages"]:
-                ok = m["role"] in ROLES and (m.get("tool_calls") or isinstance(m["content"], str))
-                for call in m.get("tool_calls") or ():
-                    ok = ok and isinstance(json.loads(call["function"]["arguments"]), dict) and call["function"]["name"]
-                if not ok:
-                    raise ValueError(f"a message of {m['role']} without content or calls")
+                calls = [call["function"] for call in m.get("tool_calls") or ()]
+                texts = [m["role"], *([] if calls else [m["content"]]), *(call["name"] for call in calls)]
+                if not all(isinstance(t, str) for t in texts) or m["role"] not in ROLES or not all(
+                        isinstance(json.loads(call["arguments"]), dict) for call in calls):
+                    raise ValueError(f"a message of {m['role']!r}")
             rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            fail(f"{where}: no row in OpenAI's format: {error!r}; needs messages, and calls whose arguments are JSON text")
+            fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
     return rows
+
+
+def dry_run(cfg):
+    """What a run takes, without allocating a network or asking anybody."""
+    if cfg.task == "synth":  # a plan; for 4 requests the user, a call, a result, an answer of 60 tokens; tools of 150
+        asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
+        return print(f"{cfg.dialogues:,} dialogues: about {cfg.dialogues * asked:,} requests, {cfg.dialogues * read:.1e} t"
+                     f"okens read and {cfg.dialogues * asked * 60:.1e} written; at 1 $ a million read and 4 $ written "
+                     f"{cfg.dialogues * (read + 4 * 60 * asked) / 1e6:,.2f} $; none is begun after {cfg.budget:,} tokens")
+    folder = Path(cfg.model) / "config.json"
+    shape = read_shape(json.loads(folder.read_text())) if folder.exists() else student_shape(cfg, Words())
+    with torch.device("meta"):
+        n = sum(p.numel() for p in Decoder(shape).parameters())
+    tokens = (1 if cfg.task == "sft" else 1 + len(cfg.students.split(","))) * cfg.steps * cfg.batch_size * cfg.seq_len
+    memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
+    print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
+          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} on one H100, if it "
+          "has 200 TFLOP/s, which a model this small does not reach")
+
+
+def draw_graph(path, edges, names, found):
+    """Components as rings, the largest first, and one walk."""
+    from matplotlib.figure import Figure
+
+    groups = map(torch.nonzero, components(edges) == torch.arange(len(edges))[:, None])
+    groups = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)
+    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(max(1, len(groups)))
+    for c, group in enumerate(groups):
+        angle = torch.arange(len(group)) * 2 * math.pi / len(group)
+        ring = torch.stack([angle.cos(), angle.sin()], 1) * min(1.1, 0.3 + len(group) / 40)
+        place[group[:, 0]] = ring + torch.tensor([c % columns, -(c // columns)]) * 2.4
+    figure = Figure(figsize=(11, 11), layout="constrained")
+    axes, pairs = figure.subplots(), edges.triu().nonzero().numpy()
+    axes.plot(*place[pairs].transpose(2, 1, 0), color="0.75", lw=0.5)
+    axes.plot(*place.T, ".", color="tab:blue")
+    axes.plot(*place[found].T, "o-", color="tab:red")
+    for i in found:
+        axes.annotate(names[i], place[i], color="tab:red", parse_math=False)
+    axes.set(title=f"{len(edges)} tools, {len(pairs)} edges; those without are left out; red: one walk")
+    axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def print_table(metrics, arms, columns):
+    """Measures as rows, arms as columns."""
+    print(f"{'':22}" + "".join(f"{arm:>18}" for arm in arms))
+    for column in columns:
+        cells = [metrics.get(f"{arm}/{column}") for arm in arms]
+        print(f"{column:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>18}" for cell in cells))
+
+
+# ---------------------------------------------------------------- 8. Main
+def composes(world):
+    """(n, n) bool: is a return of one tool of the kind of a parameter of the other? Known in the made world."""
+    needs, gives = ([set(linked(tool[part])) for tool in world.values()] for part in ("params", "results"))
+    one = np.array([[bool(g & n) for n in needs] for g in gives])
+    return one | one.T
+
+
+def weights_of(cfg, run, state, name, tok, start, rows, steps):
+    """The student in a file, which is trained on rows of to_openai if it is not there."""
+    path = run.out / f"{name}.safetensors"
+    if not path.exists():
+        data = pack([encode_row(tok, row, True) for row in rows], cfg.seq_len)
+        replace_file(path, export(train(cfg, run, state, name, new_student(cfg, run, tok, start), data, steps)))
+        remember(run, state)
+    return path
+
+
+def run_students(cfg, run, state, data, world, tok):
+    """A base that has learned single requests, in which nothing can be linked; from there a student for each arm's
+    dialogues. {arm: tallies} on unseen tools."""
+    docs, single = {name: tool["tool"] for name, tool in library(True).items()}, []
+    for i in range(cfg.tokens // 100):
+        rng = random_of("single", cfg.seed, i)
+        picked = rng.sample(list(world), rng.randint(3, 6))
+        made = last_value(converse(Sim(cfg.seed, ("single", i), world, picked, most=1), False))
+        single.append(to_openai(made, [world[name]["tool"] for name in picked]))
+    base = weights_of(cfg, run, state, "base", tok, None, single, cfg.base_steps)
+    rows, totals = questions(held_out(cfg), docs), {}
+    prompts = [prompt_ids(tok, row["tools"], row["before"], True) for row in rows]
+    for arm in ["base", *filter(None, cfg.students.split(","))]:
+        path = base if arm == "base" else weights_of(cfg, run, state, arm, tok, base, data[arm], cfg.steps)
+        if arm not in state["done"]:
+            texts = answer_all(new_student(cfg, run, tok, path).eval(), tok, prompts, cfg.max_new)
+            replace_file(run.out / f"answers-{arm}.jsonl", "".join(
+                json.dumps(dict(id=row["id"], to=row["before"][-1]["content"], right=row["calls"], reply=text)) + "\n"
+                for row, text in zip(rows, texts)).encode())
+            state["done"][arm] = tallies(rows, texts).tolist()
+            remember(run, state)
+        totals[arm] = np.array(state["done"][arm])
+    return totals
+
+
+def run_world(cfg, run, state):
+    """Graph, dialogues of all arms, what they are like, and what students learn from them."""
+    (embed, name), tok, arms = encoder_of(cfg, run.device), Words(), cfg.arms.split(",")
+    tools, merged = merge_tools([tool["tool"] for tool in library().values()], embed)
+    world = {tool["function"]["name"]: library()[tool["function"]["name"]] for tool in tools}
+    edges, metrics, parts, data = build_graph(cfg, tools, embed), {}, {}, {}
+    metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(edges.numpy(), composes(world))
+    print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of the edges compose, "
+          f"{metrics['graph/base rate']:.1%} of all pairs ({name})")
+    if cfg.show_graph:
+        draw_graph(cfg.show_graph, edges, list(world), walk(edges, 6, random_of("shown", cfg.seed)))
+    for arm in arms:
+        rows, kept, total = sim_dialogues(cfg, run, arm, world, edges, tok), [], 0
+        for row in rows:  # arms are compared at as many tokens
+            total += 0 if row["broken"] else row["tokens"]
+            kept += [row] if not row["broken"] and total <= cfg.tokens else []
+        cuts = np.linspace(0, len(kept), PARTS + 1).astype(int)
+        parts[arm] = [data_measures(kept[a:b], embed) for a, b in zip(cuts, cuts[1:])]
+        broken = Counter(rule for row in rows for rule in row["broken"])
+        measures = data_measures(kept, embed) | dict(dialogues=len(kept)) | {
+            "kept of 100": 100 * sum(not row["broken"] for row in rows) / len(rows)} | {r: broken[r] for r in RULES}
+        metrics |= {f"{arm}/{key}": value for key, value in measures.items()}
+        data[arm] = [to_openai(row, [world[n]["tool"] for n in row["tools"]]) for row in kept]
+        write_formats(run.out, f"-{arm}", data[arm])
+    print_table(metrics, arms, list(measures))
+    totals = run_students(cfg, run, state, data, world, tok) if cfg.students else {}
+    for arm, total in totals.items():
+        shares = dict(zip(MARKS, rates(total, np.ones(len(total))).tolist()))
+        shares["arguments, real mix"] = sum(MIX[o] * shares[o] for o in MIX) / sum(MIX.values())
+        metrics |= {f"student {arm}/{key}": value for key, value in shares.items()}
+    if totals:
+        print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
+        print_table(metrics, [f"student {arm}" for arm in totals], list(shares))
+        if metrics["student base/current"] < 0.5 and cfg.scale != "smoke":
+            fail("the base has not learned to call, so that arms would differ by chance: raise --base-steps")
+    found = {"edges-compose": gain} | student_claims(totals) | data_claims(parts)
+    return found, metrics, dict(encoder=name, merged=merged)
+
+
+API = dict(GorillaFileSystem="gorilla_file_system", MathAPI="math_api", MessageAPI="message_api",
+           TwitterAPI="posting_api", TicketAPI="ticket_api", TradingBot="trading_bot", TravelAPI="travel_booking",
+           VehicleControlAPI="vehicle_control")  # class of BFCL's multi-turn tasks: file of its documents
+
+
+def used_together(folder, where):
+    """{relation: pairs (i, j), i < j} of tools in BFCL's gold trajectories; where {(file, name): tool}."""
+    pairs = {"same task": set(), "same turn": set(), "consecutive calls": set()}
+    for row, gold in bfcl_file(folder, "multi_turn_base"):
+        known = {name: i for (file, name), i in where.items() if file in map(API.get, row["involved_classes"])}
+        turns = [[known[re.match(r"\w+", call)[0]] for call in turn] for turn in gold]
+        flat = sum(turns, [])
+        for relation, groups in zip(pairs, ([flat], turns, zip(flat, flat[1:]))):
+            pairs[relation] |= {pair for group in groups for pair in itertools.combinations(sorted({*group}), 2)}
+    return pairs
+
+
+def co_use(cfg, docs, embed, pp, pr):
+    """E1: are pairs with an edge used together? Beside it the similarity of descriptions, which is not in the paper."""
+    metrics, found, apis = {}, {}, [file for file, tools in docs.items() for _ in tools]
+    tools = sum(docs.values(), [])
+    pairs = used_together(Path(cfg.data), {(file, name_of(tool)): i for i, (file, tool) in enumerate(zip(apis, tools))})
+    used = sorted({i for pair in pairs["same task"] for i in pair})
+    about = embed([f"{name_of(tools[i])}: {tools[i]['function']['description']}" for i in used])
+    pp, pr, upper = pp[used][:, used].numpy(), pr[used][:, used].numpy(), np.triu_indices(len(used), 1)
+    inside = np.array([[apis[i] == apis[j] for j in used] for i in used])[upper]
+    scores = dict(PP=pp, PR=pr, edge=np.maximum(pp, pr), description=(about @ about.T).numpy())
+    for relation, some in pairs.items():
+        truth = np.array([[(min(i, j), max(i, j)) in some for j in used] for i in used])
+        found.setdefault("edges-are-used-together", edge_precision(scores["edge"] > 0.82, truth)[2])  # same task
+        for part, mask in (("", inside | True), (", one API", inside)):
+            row = {f"AUC {key}": auc(score[upper][mask], truth[upper][mask]) for key, score in scores.items()}
+            row["base rate"] = truth[upper][mask].mean()
+            for tau in (0.82, 0.7, 0.6):
+                row[f"precision {tau}"] = truth[upper][mask & (scores["edge"][upper] > tau)].mean()
+            metrics |= {f"{relation}{part}/{key}": float(value) for key, value in row.items()}
+    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
+    return found, metrics
+
+
+def run_graph(cfg, run, state):
+    """The graph of the Berkeley data's tools, or of --tools, by threshold; and E1."""
+    embed, name = encoder_of(cfg, run.device)
+    docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
+    tools = sum(docs.values(), []) + others or (
+        load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
+    texts, owner, returns = tool_texts(tools)
+    x, metrics = embed(texts), {}
+    pp, pr = pair_scores(x, owner, len(tools), returns)
+    print(f"{len(tools)} tools, {int((~returns).sum())} parameters, {int(returns.sum())} returns, {len(set(texts))} "
+          f"different texts ({name}); {merge_tools(tools, embed)[1]} near-duplicates")
+    for tau in (0.6, 0.7, 0.75, 0.82, 0.9):
+        edges = simgraph(x, owner, len(tools), tau, returns, cfg.kernels)
+        sizes = components(edges).bincount()
+        row = dict(PP=(pp > tau).sum() // 2, PR=(pr > tau).sum() // 2, all=edges.sum() // 2,
+                   components=(sizes > 0).sum(), isolated=(edges.sum(1) == 0).sum(), degree=edges.sum(1).float().mean(), largest=sizes.max())
+        metrics |= {f"tau {tau}/{key}": float(value) for key, value in row.items()}
+    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
+    if cfg.show_graph:
+        edges = build_graph(cfg, tools, embed)
+        draw_graph(cfg.show_graph, edges, [*map(name_of, tools)], walk(edges, 6, random_of("shown", cfg.seed)))
+    found, more = co_use(cfg, docs, embed, pp, pr) if docs else ({}, {})
+    return found, metrics | more, dict(encoder=name)
+
+
+def converse_all(cfg, tools, edges, chats, ids):
+    """Dialogues `ids` by language models, side by side: what they wait for is asked together."""
+    done, live, jobs = {}, {}, {}
+    graph, with_plan = ARMS[cfg.arms.split(",")[0]]
+    for i in ids:
+        picked, rng = subset(cfg, edges, graph, i), random_of("teacher", cfg.seed, i)
+        done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["no reply"])
+        live[i] = converse(Agents([tools[j] for j in picked], rng.randint(3, 5)), with_plan)
+    replies = dict.fromkeys(live)
+    while live:
+        for i, talk in list(live.items()):
+            try:
+                prompt, temperature, n = talk.send(replies[i])
+                payload = dict(messages=[dict(role="user", content=prompt)], temperature=temperature, max_tokens=1024)
+                jobs[i] = payload, 3 * i + n  # the same question in another dialogue is another sample
+            except (StopIteration, Dropped) as end:
+                done[i] |= end.value if isinstance(end, StopIteration) else dict(broken=[str(end)])
+                del live[i]
+        for name, chat in chats.items():
+            mine = [i for i in live if done[i]["model"] == name]
+            replies |= zip(mine, chat.ask([jobs[i] for i in mine]))
+    return list(done.values())
+
+
+def run_synth(cfg, run, state):
+    """Dialogues for --tools by language models. Replies are kept under the hash of what was asked, so that a killed run
+    asks nothing twice; a part is written at once. Over --budget none is begun."""
+    embed, name = encoder_of(cfg, run.device)
+    tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
+    edges, path, near = build_graph(cfg, tools, embed), run.out / "dialogues.jsonl", Near()
+    (folder := Path(cfg.replies or run.out / "replies")).mkdir(parents=True, exist_ok=True)
+    chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")}
+    rows, log, before = read_rows(path, cfg.part), Log(run, "dialogues", cfg.dialogues), state["done"].get("tokens", 0)
+    for row in rows:
+        _ = row["broken"] or near(row)
+    while len(rows) < cfg.dialogues and state["done"].get("tokens", 0) <= cfg.budget:
+        new = converse_all(cfg, tools, edges, chats, range(len(rows), len(rows) + cfg.part))
+        new = [finish(cfg, d, [tools[j] for j in d["tools"]], near) if d["messages"] else d for d in new]
+        append_rows(path, new)
+        rows += new
+        state["done"]["tokens"] = before + sum(chat.tokens for chat in chats.values())
+        remember(run, state)
+        log(len(rows), kept=sum(not row["broken"] for row in rows), tokens=state["done"]["tokens"])
+        pause(run)
+    kept = [to_openai(row, [tools[j] for j in row["tools"]]) for row in rows if not row["broken"]]
+    write_formats(run.out, "", kept)
+    broken = Counter(rule for row in rows for rule in row["broken"])
+    metrics = dict(made=len(rows), kept=len(kept), tokens=state["done"].get("tokens", 0)) | broken
+    print(f"{len(kept)} of {len(rows)} dialogues kept, {merged} tools merged; dropped by rule: {dict(broken)}")
+    return {}, {f"dialogues/{key}": value for key, value in metrics.items()}, dict(encoder=name)
 
 
 def run_sft(cfg, run, state):
     """Fine-tune --model on --data, all weights or LoRA; the result is a folder that --model takes."""
     rows, folder = read_training(Path(cfg.data)), fetch_model(cfg.model)
-    tok, model = chat_tokens(folder), load_real(folder)
-    encoded = [encode_row(tok, row, False) for row in rows]
-    data = pack(encoded, cfg.seq_len)
-    print(f"{len(rows)} dialogues, {sum(len(ids) <= cfg.seq_len for ids, _ in encoded)} of them in {len(data['ids'])} "
-          f"lines of {cfg.seq_len} tokens, {(data['target'] >= 0).sum() / (data['doc'] >= 0).sum():.0%} learned")
+    model, tok = load_real(folder)
+    data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
     if not len(data["ids"]):
-        fail(f"--seq-len {cfg.seq_len}: no dialogue is as short")
+        fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
+    share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
+    print(f"{len(rows)} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
-    model = train(cfg, run, state, "sft", add_lora(model, cfg.lora_rank).to(run.device), data)
-    tensors = {name if name.startswith("lm_head") else "model." + re.sub(
-        r"\.((?:[qkvo])_proj)", r".self_attn.\1", re.sub(r"\.((?:gate|up|down)_proj)", r".mlp.\1", name)): p
-        for name, p in merge_lora(model).state_dict().items()}
-    (run.out / "model").mkdir(exist_ok=True)
-    replace_file(run.out / "model" / "model.safetensors", save({k: p.contiguous().cpu() for k, p in tensors.items()}))
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        replace_file(run.out / "model" / name, (folder / name).read_bytes())
+    model = train(cfg, run, state, "sft", add_lora(model, cfg.lora_rank).to(run.device), data, cfg.steps)
+    save_real(run.out / "model", folder, merge_lora(model))
     print(f"wrote {run.out / 'model'}")
-    return {}, {"sft/dialogues": len(rows)}, {}
+    return {}, {"sft/dialogues": len(rows), "sft/learned": share}, {}
 
 
 def run_bfcl(cfg, run, state):
     """Calls of --model on the Berkeley data's Python categories, by the AST rules."""
-    folder = fetch_model(cfg.model)
-    tok, model, metrics = chat_tokens(folder), load_real(folder).to(run.device).eval(), {}
+    (model, tok), metrics, answers = load_real(fetch_model(cfg.model)), {}, run.out / "answers.jsonl"
     for category in AST_FILES:
         items = bfcl_file(Path(cfg.data), category)[: cfg.n_test]
-        rows = [dict(tools=[normal_tool(raw, category) for raw in item["function"]], messages=item["question"][0])
-                for item, _ in items]
-        prompts = [prompt_ids(tok, row["tools"], row["messages"], False) for row in rows]
-        texts, right = answer_all(model, tok, prompts, cfg.max_new, 8), []
-        for (item, gold), row, text in zip(items, rows, texts):
-            back = {tool["function"]["name"]: name_of(tool) for tool in row["tools"]}
+        tools = [[normal_tool(raw, category) for raw in item["function"]] for item, _ in items]
+        prompts = [prompt_ids(tok, some, item["question"][0], False) for some, (item, _) in zip(tools, items)]
+        texts, right = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
+        for (item, gold), some, text in zip(items, tools, texts):
+            back = {tool["function"]["name"]: name_of(tool) for tool in some}
             calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
             right.append(ast_correct(calls, {f["name"]: f for f in item["function"]}, gold))
+            append_rows(answers, [dict(id=item["id"], reply=text, right=right[-1])])
         metrics[f"bfcl/{category}"] = float(np.mean(right))
-        append_rows(run.out / "answers.jsonl", [dict(id=item["id"], reply=text, right=ok)
-                                                for (item, _), text, ok in zip(items, texts, right)])
     print_table(metrics, ["bfcl"], AST_FILES)
     return {}, metrics, {}
 
@@ -2578,21 +2395,21 @@ def main(argv=None):
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("torchrun: one process only; several --seed and --out spread over machines")
-    for name, path in dict(data=cfg.data, tools=cfg.tools).items():
-        if path and not Path(path).exists():
-            fail(f"--{name} {path}: no such file or folder")
     run = start_run(cfg, "toolflow")
-    state = load_state(run) or dict(done={}, spent=0, seconds=0.0)
+    state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]
     if not (run.out / "state.pt").exists():
         remember(run, state)  # from here on the directory belongs to these flags
     go = dict(world=run_world, graph=run_graph, synth=run_synth, sft=run_sft, bfcl=run_bfcl)[cfg.task]
-    found, metrics, record = go(cfg, run, state)
-    tried = {arm: TRIED for arm in cfg.students.split(",")} if cfg.task == "world" and cfg.students else {}
+    try:
+        found, metrics, record = go(cfg, run, state)
+    except ValueError as error:
+        raise error if "component" not in str(error) else fail(str(error))
+    tried = {arm: TRIED for arm in cfg.students.split(",")} if cfg.task == "world" else {}
     digest = hashlib.sha256(json.dumps([*library(), *library(True), BANKS]).encode()).hexdigest()
     minutes = (time.perf_counter() - run.began) / 60
-    return report(cfg, run, "toolflow", argv, found, CLAIMS, tried=tried, data_sha256=digest, metrics=metrics,
-                  minutes=minutes, **record)
+    return report(cfg, run, "toolflow", argv, found, CLAIMS, tried=tried, data_sha256=digest, metrics=metrics, **record,
+                  minutes=minutes)
 
 
 if __name__ == "__main__":
