@@ -105,7 +105,7 @@ class Config:
     def __post_init__(self):
         for name, known in dict(arms=list(ARMS), students=self.arms.split(",")).items():
             named = [arm for arm in getattr(self, name).split(",") if arm or name == "arms"]
-            if not set(named) <= set(known) or len(set(named)) < len(named):
+            if (not set(named) <= set(known) or len(set(named)) < len(named)) and (name == "arms" or self.task == "world"):
                 fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
         for name, value in vars(self).items():
             low, high = dict(seed=0, tau=0, lora_rank=0, lr=0, degree=0).get(name, 1), 1 if name == "tau" else math.inf
@@ -396,7 +396,8 @@ class Words:
     def __init__(self):
         texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
         texts += [" ".join(bank) for bank in BANKS.values()] + [forms for _, forms in VERBS.values()]
-        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS, "an tools with using by"]
+        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS]
+        texts += ["an tools with using by error gone"]
         words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
         heads, tails = [s.capitalize() for s in SYLLABLES], ["~" + s for s in SYLLABLES]
         self.words = [*ROLES, "<end>", *FRAGMENTS, *SIGNS, *DIGITS, *LETTERS, *heads, *tails, *words]
@@ -415,9 +416,8 @@ class Words:
         """The text: blanks stand between words, but not in a number, an id or a name."""
         text, last = "", ""
         for word in (self.words[i] for i in ids):
-            code = word in DIGITS + LETTERS and last in DIGITS + LETTERS + "#:"
-            glue = word[0] == "~" or word in FRAGMENTS or last in ("", "_", "(", *FRAGMENTS)
-            glue = glue or len(word) == len(last) == 1 and code or word in ".,?:_()"
+            code = len(word) == len(last) == 1 and word in DIGITS + LETTERS and last in DIGITS + LETTERS + "#:"
+            glue = code or word in [*".,?:_()", *FRAGMENTS] or last in ["", "_", "(", *FRAGMENTS] or word[0] == "~"
             text, last = text + " " * (not glue) + word.lstrip("~"), word
         return text
 
@@ -623,6 +623,23 @@ class Encoder(nn.Module):
         x, mask = self(texts)
         return F.normalize((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
 # --- end block ---
+
+
+class StudentLayer(Layer):
+    """Keys are made of a token and the one before it, without which a model this small needs many times as many steps
+    until it copies. The first token has itself before it: so it is also behind padding, of id 0 like itself."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.mix, self.first, self.last = nn.Parameter(torch.full((shape.n_embd,), 0.5)), None, None
+
+    def qkv(self, x):
+        start = self.last if x.shape[1] == 1 and self.last is not None else x[:, :1]  # one token: decoding goes on
+        before = torch.cat([start, x[:, :-1]], 1)  # (B, L, d)
+        if self.first is not None:  # (B, L, 1): where documents begin in packed lines
+            before = torch.where(self.first, x, before)
+        self.last = x[:, -1:].detach()
+        return self.q_proj(x), self.k_proj(torch.lerp(x, before, self.mix)), self.v_proj(x)
 
 
 def student_shape(cfg, tok):
@@ -881,7 +898,7 @@ def converse(teacher, with_plan):
         ended = k >= teacher.most
         if ended:
             break
-        items += [dict(type=said["type"], request=said["request"])] if k == len(items) else []
+        items += [{key: said[key] for key in ("type", "request", "goals") if key in said}] if k == len(items) else []
         about.append(k)
         messages.append(dict(role="user", content=said["message"]))
         for _ in range(MOST_ROUNDS + 1):
@@ -928,7 +945,7 @@ class Sim:
         """Request k: a quarter of them, after the first, is chitchat."""
         chat = k > 0 and self.draw("chat", k).random() < 0.25
         wants = " and ".join(wanted(self.world[name]["verb"], self.world[name]["thing"]) for name in names)
-        return dict(type="chitchat" if chat else "tool", goals=[] if chat else names, request="" if chat else wants)
+        return dict(type="chitchat" if chat else "tool", request="" if chat else wants, goals=[] if chat else names)
 
     def plan(self):
         """Requests in an order in which arguments can come from what was returned or said before: greedily the tool of
@@ -1554,7 +1571,9 @@ def packed_states(model, ids, doc, place):
     same = (doc[:, :, None] == doc[:, None]) & torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
     mask = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)[:, None]
     for layer in model.layers:
+        layer.first = place[..., None] == 0
         x = layer(x, turn, mask)
+        layer.first = None
     return model.norm(x)
 
 
@@ -2034,7 +2053,7 @@ def encoder_of(cfg, device):
 def new_student(cfg, run, tok, weights=None):
     """A tiny decoder with first weights that depend on the seed alone, or those of a file."""
     torch.manual_seed(random_of("weights", cfg.seed).getrandbits(60))
-    model = Decoder(student_shape(cfg, tok))
+    model = Decoder(student_shape(cfg, tok), StudentLayer)
     nn.init.normal_(model.embed_tokens.weight, 0, cfg.n_embd**-0.5)
     if weights:
         model.load_state_dict(load_file(weights))
