@@ -11,7 +11,37 @@ Tools whose parameters and returns mean the same are joined in a graph. A dialog
 and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
 shall use the history better than one trained on as many tokens about random tools without a plan.
 
-DOCSTRING_COMMANDS
+  python toolflow.py                        # MINUTES; RESULTS
+  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph tools.svg   # 1,441 real tools, co-use
+  python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it
+
+Symbols
+  paper        code                shape     meaning
+  p, r         texts, returns      (K,)      "name: description" of each parameter and return, and which are returns
+  cos > tau    simgraph            (n, n)    e_ij, edges of n tools: P-P, or P-R in either direction
+  H, D-N, SS   entropy, distinct, coherence  entropy of words in bits, share of different trigrams, 100 cos(round, next)
+
+Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin), openai-ARM.jsonl
+and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl (what students said), ARM.safetensors.
+
+Differences from the paper, whose text was read without its tables and prompts: tables are from notes of others
+  tools       made up, 550 of them and 136 unseen ones, in place of 16,000 from RapidAPI; or your own. Unseen tools are
+              new pairs of known words. Near-duplicates are merged, which the paper does not mention.
+  encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
+              that a tool has 6 neighbours on average
+  n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
+  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model. How often sim chats
+              and refers back is the same in all arms: a plan changes the order of requests alone. Texts are phrasings
+              from lists, so H and D-3 measure these lists too.
+  rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
+  measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
+  students    tiny decoders from random weights that first learn single requests, in place of an 8B model; loss on the
+              assistant's tokens. Held out are tools and frames of words; verbs are known. One simulator makes training
+              and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are left out.
+  checkpoint  SFT is by one process; FSDP is left out
+
+Copy out: simgraph, walk, broken_rules, ast_correct, to_hermes with from_hermes, pack with packed_states
 """
 
 import argparse
@@ -105,7 +135,8 @@ class Config:
     def __post_init__(self):
         for name, known in dict(arms=list(ARMS), students=self.arms.split(",")).items():
             named = [arm for arm in getattr(self, name).split(",") if arm or name == "arms"]
-            if (not set(named) <= set(known) or len(set(named)) < len(named)) and (name == "arms" or self.task == "world"):
+            wrong = not set(named) <= set(known) or len(set(named)) < len(named)
+            if wrong and (name == "arms" or self.task == "world"):
                 fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
         for name, value in vars(self).items():
             low, high = dict(seed=0, tau=0, lora_rank=0, lr=0, degree=0).get(name, 1), 1 if name == "tau" else math.inf
@@ -128,8 +159,8 @@ class Config:
 ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
     "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, seq_len=640, part=20, save_every=3,
-                  dialogues=4, max_new=12),
+    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, seq_len=640, part=20,
+                  save_every=3, dialogues=4, max_new=12),
     "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=1024, steps=200, max_new=200),
     "small:bfcl": dict(max_new=200), "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
     "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
@@ -190,7 +221,7 @@ KIND = dict(origin="city", destination="city", delivery_date="date") | dict.from
     "price total refund budget balance".split(), "amount")  # of a parameter or return, where it is not its name
 ENUMS = dict(colour=["red", "blue", "green", "black"], currency=["dollar", "pound", "franc", "yen"])
 NUMBERS = "amount guests seats stars count temperature minutes points".split()  # kinds that are integers
-LINKED = re.compile(r"city|date|time|person|amount|\w+_(id|booking|ticket|order|visit)")  # kinds one refers back to
+LINKED = re.compile(r"city|date|time|person|amount|.+_(id|booking|ticket|order|visit)")  # kinds one refers back to
 PREPOSITIONS = dict(city="in|near|around", origin="from", destination="to", date="on|for", time="at", person="with|for",
                     amount="of|worth", budget="under|below", topic="about", colour="in", currency="to|into")
 MONTHS = "january february march april may june july august september october november december".split()
@@ -214,8 +245,8 @@ BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {
     "done": ("done: {}.;here it is: {}.;all set: {}.;i did it: {}.;you have it: {}.;as you like: {}.;ready: {}.;"
              "that worked: {}.;good news: {}.;this is it: {}.;i have it: {}.;it worked: {}.",
              "it is done: {}.;here you have it: {}."),
-    "sorry": ("sorry, {}.;that did not work: {}.;i could not do it: {}.;no luck: {}.;it is not to be: {}.;bad news: {}.;"
-              "not done: {}.;there is bad news: {}.;it did not work: {}.;i am sorry: {}.;that is not to be: {}.;"
+    "sorry": ("sorry, {}.;that did not work: {}.;i could not do it: {}.;no luck: {}.;it is not to be: {}.;bad news: {}."
+              ";not done: {}.;there is bad news: {}.;it did not work: {}.;i am sorry: {}.;that is not to be: {}.;"
               "it is not done: {}.", "sorry, it did not work: {}."),
     "chat": ("thank you, that is great.;how are you today?;i am so tired of work.;what a day it was.;"
              "you are a great help.;do you like music?;i love the sea.;it is raining again.;tell me something nice.;"
@@ -230,10 +261,6 @@ SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 
 def random_of(*key):
     return random.Random(repr(key))  # what is drawn depends on the key alone, in all arms and after a kill
-
-
-def kind_of(name):
-    return KIND.get(name, name)
 
 
 def make_value(kind, rng):
@@ -254,20 +281,23 @@ def make_value(kind, rng):
 def schema(name, noun):
     """JSON schema of a parameter or return."""
     words, whose = name.replace("_", " "), f" of the {noun}" if noun else ""
-    shown = dict(type="integer" if kind_of(name) in NUMBERS else "string", description=words + whose)
+    shown = dict(type="integer" if KIND.get(name, name) in NUMBERS else "string", description=words + whose)
     return shown | (dict(enum=ENUMS[name]) if name in ENUMS else {})
 
 
 def make_tool(thing, line):
     """What the simulator knows of a tool, with its document in OpenAI's form under "tool"."""
-    verb, params, results = re.fullmatch(r"(\w+): (.*) -> (.*)", line.replace("N", thing.replace(" ", "_"))).groups()
+    head = thing.split()[-1] if thing else ""
+    verb, params, results = re.fullmatch(r"(\w+): (.*) -> (.*)", line.replace("N", head)).groups()
     names, required = params.replace("?", "").split(), [p for p in params.split() if p[-1] != "?"]
     which = random_of("name", thing, verb).choice(VERBS[verb][0].split())
-    function = dict(name=f"{which} {thing}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
+    function = dict(name=f"{thing} {which}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
         type="object", properties={p: schema(p, thing) for p in names}, required=required), results=dict(
         type="object", properties={r: schema(r, thing) for r in results.split()}))
+    kinds = {name: f"{thing} {name}" if head and name.startswith(head) else KIND.get(name, name)
+             for name in names + results.split()}  # ids are of a thing
     return dict(tool=dict(type="function", function=function), verb=verb, thing=thing, required=required,
-                params={p: kind_of(p) for p in names}, results={r: kind_of(r) for r in results.split()})
+                params={p: kinds[p] for p in names}, results={r: kinds[r] for r in results.split()})
 
 
 def wanted(verb, thing, form=0):
@@ -383,7 +413,8 @@ def bfcl_tools(folder):
 
 # The student's tokens
 FRAGMENTS = ['<tool_call>\n{"name": "', '", "arguments": {"', '", "arguments": {', '"}}\n</tool_call>',
-             '}}\n</tool_call>', '<tool_response>\n{"', '"}\n</tool_response>', '}\n</tool_response>', "\n", '": "', '": ', '", "', ', "']
+             '}}\n</tool_call>', '<tool_response>\n{"', '"}\n</tool_response>', '}\n</tool_response>', "\n",
+             '": "', '": ', '", "', ', "']
 SIGNS, DIGITS, LETTERS = ".,?:_()#", "0123456789", "ABCDEFGHKX"
 PIECE = re.compile("|".join(re.escape(f) for f in sorted(FRAGMENTS, key=len, reverse=True))
                    + r"|[A-Z][a-z](?:[a-z]{2})*|[a-z]+|[A-Z0-9.,?:_()#]")
@@ -776,13 +807,13 @@ Reply with a JSON list of {n} objects {{"type": "tool" or "chitchat", "request":
 USER = """You play a user who talks to an assistant. {task}
 The conversation so far:\n{history}
 Reply with JSON and nothing else: {{"done": true or false, "type": "tool" or "chitchat", "message": "what you say"}}.
-done: has the assistant finished your current request? If it asked you something it has not: answer it. Never name a tool."""
+done: has the assistant finished your current request? If it asked you something it has not: answer it. Name no tool."""
 WITH_PLAN = "Your requests, in this order:\n{plan}\nYou are at request {k}. If it is done, write the next one."
 NO_PLAN = "The assistant has these tools:\n{tools}\nThink of your next request yourself."
 ASSIST = """You are an assistant with these tools:\n{tools}
 The conversation so far:\n{history}
 Reply with JSON and nothing else: {{"calls": [{{"name": "...", "arguments": {{...}}}}, ...]}} to call tools, several at
-once if you can, or {{"say": "..."}} to answer, or to ask the user for what a tool requires. Do not make up arguments."""
+once if you can, or {{"say": "..."}} to answer, or to ask the user for what a tool requires. Make up no arguments."""
 TOOL = """You play this tool:\n{tool}
 It was called with {arguments}. Reply with its result, a JSON object with the properties {results}, and nothing else."""
 
@@ -997,7 +1028,7 @@ class Sim:
                 value, said, origin = chosen
                 args[p] = value, origin
                 clauses += [f"{before} {said}"] * bool(said)
-                self.missing |= {} if said else {p: value}
+                self.missing |= {} if said else {p: (kind, value)}
         self.goals.append((name, args))
         self.draw("clauses", k, place).shuffle(clauses)
         return " ".join([wanted(tool["verb"], tool["thing"], self.draw("want", k, place).randrange(3)), *clauses])
@@ -1005,8 +1036,8 @@ class Sim:
     def user(self, plan, k, messages):
         """The next request, or what was missing in this one."""
         if self.missing:
-            p, value = self.missing.popitem()
-            self.said[kind_of(p)] = value, p
+            p, (kind, value) = self.missing.popitem()
+            self.said[kind] = value, p
             return dict(done=False, message=phrase(self.draw("given", k, p), "given", self.held, value))
         self.k, self.step, self.results = self.k + 1, 0, []
         if self.k == self.most:
@@ -1451,7 +1482,7 @@ def rates(total, weight):
 
 
 # Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights
-# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by their origin.
+# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin.
 CLAIMS = [
     ("edges-compose", "composable pairs, among edges - among all", 0.0, "random pairs are as good"),
     ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
@@ -1480,9 +1511,10 @@ def interval(draws, statistic):
 def data_claims(parts):
     """From {arm: [measures of a part]}: differences of arms with t-intervals over the parts."""
     found = {}
-    for name, other, what in (("plan-links", "no-plan", "earlier return"),
-                              ("graph-links", "no-graph", "earlier return"), ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
-                              ("plan-is-coherent", "no-plan", "SS")):
+    for name, other, what in (
+            ("plan-links", "no-plan", "earlier return"), ("graph-links", "no-graph", "earlier return"),
+            ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
+            ("plan-is-coherent", "no-plan", "SS")):
         if {"both", other} <= parts.keys():
             gap = [sum(a[w] - b[w] for w in what.split()) for a, b in zip(parts["both"], parts[other])]
             half = T_975 * np.std(gap, ddof=1) / math.sqrt(PARTS)
@@ -2106,18 +2138,23 @@ def answer_all(model, tok, prompts, max_new, size=64):
     return [texts[i] for i in range(len(prompts))]
 
 
+def check_message(m):
+    """ValueError, or another, unless it is a message in OpenAI's format."""
+    calls = [call["function"] for call in m.get("tool_calls") or ()]
+    texts = [*([] if calls else [m["content"]]), *(call["name"] for call in calls)]
+    objects = [json.loads(call["arguments"]) for call in calls]
+    if not (m["role"] in ROLES and all(isinstance(text, str) for text in texts)
+            and all(isinstance(value, dict) for value in objects)):
+        raise ValueError(f"a message of {m['role']!r}")
+
+
 def read_training(path):
     """Rows of a fine-tuning file in OpenAI's format."""
     rows = []
     for where, row in read_json_lines(path):
         try:
-            for m in row["messages"]:
-                calls = [call["function"] for call in m.get("tool_calls") or ()]
-                texts = [m["role"], *([] if calls else [m["content"]]), *(call["name"] for call in calls)]
-                if not all(isinstance(t, str) for t in texts) or m["role"] not in ROLES or not all(
-                        isinstance(json.loads(call["arguments"]), dict) for call in calls):
-                    raise ValueError(f"a message of {m['role']!r}")
             rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
+            _ = [check_message(m) for m in row["messages"]]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
     return rows
@@ -2127,9 +2164,10 @@ def dry_run(cfg):
     """What a run takes, without allocating a network or asking anybody."""
     if cfg.task == "synth":  # a plan; for 4 requests the user, a call, a result, an answer of 60 tokens; tools of 150
         asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
-        return print(f"{cfg.dialogues:,} dialogues: about {cfg.dialogues * asked:,} requests, {cfg.dialogues * read:.1e} t"
-                     f"okens read and {cfg.dialogues * asked * 60:.1e} written; at 1 $ a million read and 4 $ written "
-                     f"{cfg.dialogues * (read + 4 * 60 * asked) / 1e6:,.2f} $; none is begun after {cfg.budget:,} tokens")
+        n, written = cfg.dialogues, asked * 60
+        return print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} "
+                     f"written; at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; none is "
+                     f"begun after {cfg.budget:,} tokens")
     folder = Path(cfg.model) / "config.json"
     shape = read_shape(json.loads(folder.read_text())) if folder.exists() else student_shape(cfg, Words())
     with torch.device("meta"):
@@ -2137,8 +2175,8 @@ def dry_run(cfg):
     tokens = (1 if cfg.task == "sft" else 1 + len(cfg.students.split(","))) * cfg.steps * cfg.batch_size * cfg.seq_len
     memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
     print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
-          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} on one H100, if it "
-          "has 200 TFLOP/s, which a model this small does not reach")
+          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} on one H100, "
+          "at 200 TFLOP/s, which a model this small does not reach")
 
 
 def draw_graph(path, edges, names, found):
@@ -2309,7 +2347,8 @@ def run_graph(cfg, run, state):
         edges = simgraph(x, owner, len(tools), tau, returns, cfg.kernels)
         sizes = components(edges).bincount()
         row = dict(PP=(pp > tau).sum() // 2, PR=(pr > tau).sum() // 2, all=edges.sum() // 2,
-                   components=(sizes > 0).sum(), isolated=(edges.sum(1) == 0).sum(), degree=edges.sum(1).float().mean(), largest=sizes.max())
+                   components=(sizes > 0).sum(), largest=sizes.max(), isolated=(edges.sum(1) == 0).sum(),
+                   degree=edges.sum(1).float().mean())
         metrics |= {f"tau {tau}/{key}": float(value) for key, value in row.items()}
     print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
     if cfg.show_graph:
