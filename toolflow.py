@@ -159,8 +159,8 @@ class Config:
 ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
     "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
 SCALES = {  # "scale" and "scale:task"; explicit flags win
-    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, seq_len=640, part=20,
-                  save_every=3, dialogues=4, max_new=12),
+    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
+                  part=20, save_every=3, dialogues=4, max_new=12),
     "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=1024, steps=200, max_new=200),
     "small:bfcl": dict(max_new=200), "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
     "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
@@ -737,7 +737,7 @@ def merge_tools(tools, embed):
     texts, owner, _ = tool_texts([dict(function=dict(tool["function"], results={})) for tool in first])
     about = embed([tool["function"]["description"] for tool in first])  # (n, d)
     x, like = embed(texts) if texts else about[:0], about @ about.T > 0.9
-    rows = [x[owner == i] for i in range(len(first))]
+    rows = x.split(owner.bincount(minlength=len(first)).tolist())  # a tool's texts stand together
     for i in range(len(first)):
         alike = (rows[i] @ rows[j].T > 0.95 for j in kept if like[i, j] and len(rows[i]) == len(rows[j]))
         if not any(near.any(0).all() and near.any(1).all() for near in alike):

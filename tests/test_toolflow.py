@@ -671,6 +671,21 @@ def test_packed_lines_equal_single_dialogues():
     assert m.sft_loss(model, m.pack(rows[:1], 999)).item() == pytest.approx(float(brute), rel=1e-9)
 
 
+def test_answers_side_by_side_equal_each_alone():
+    """Keys that also see the token before: padding on the left and decoding with a cache change nothing."""
+    tok = m.Words()
+    model = student(tok, n_layer=2, n_embd=16).eval().double()
+    for p in model.parameters():
+        p.data = p.data * 3
+    prompts = [m.encode_row(tok, m.to_openai(*pair), True)[0][: 40 + 9 * i] for i, pair in enumerate(sound()[:4])]
+    together = m.generate(model, prompts, 8)
+    for prompt, new in zip(prompts, together):
+        assert m.generate(model, [prompt], 8)[0] == new
+        for k in range(8):
+            assert int(model(torch.tensor([prompt + new[:k]]))[0, -1].argmax()) == new[k]
+    assert len({tuple(new) for new in together}) > 1
+
+
 def test_pack_keeps_every_short_row_once():
     rng = random.Random(0)
     rows = [([i + 1] * rng.randint(2, 40), [False] + [True] * 39) for i in range(120)]
@@ -702,12 +717,12 @@ def test_learning_needs_the_targets(tmp_path):
     """Loss falls on a few dialogues; falsifier: with shuffled targets it stays above."""
     losses = []
     for shuffled in (False, True):
-        cfg, run, tok, data = small_job(tmp_path, n_embd=32, lr=0.01, batch_size=2)
+        cfg, run, tok, data = small_job(tmp_path, n_embd=32, lr=0.02, batch_size=1, micro_batch=1)
         if shuffled:
             live = data["target"] >= 0
             order = torch.randperm(int(live.sum()), generator=torch.Generator().manual_seed(0))
             data["target"][live] = data["target"][live][order]
-        model = m.train(cfg, run, dict(done={}), "x", m.new_student(cfg, run, tok), data, 40)
+        model = m.train(cfg, run, dict(done={}), "x", m.new_student(cfg, run, tok), data, 30)
         with torch.no_grad():
             losses.append(float(m.sft_loss(model, data) / (data["target"] >= 0).sum()))
     assert losses[0] < 3.0 < losses[1]
