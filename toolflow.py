@@ -64,6 +64,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import unicodedata
 import zlib
 from collections import Counter
@@ -705,7 +706,8 @@ def simgraph(x, owner, n, tau, returns, kernels=False, block=2048):
     """(n, n) bool: e_ij = 1 iff cos(p_i, p_j) > tau or cos(r_i, p_j) > tau or cos(p_i, r_j) > tau for a parameter p or
     return r of each, i != j; x (K, d) unit rows, owner (K,) the tool of a row, returns (K,) bool. (Sec. 2.1)"""
     if kernels:
-        bits = load_kernel("simgraph")(x, owner, n, tau, returns).cpu()  # (n, ceil(n / 32)) int32
+        there = [part.to("cuda" if torch.cuda.is_available() else "cpu") for part in (x, owner, returns)]
+        bits = load_kernel("simgraph")(*there[:2], n, tau, there[2]).cpu()  # (n, ceil(n / 32)) int32
         return (bits[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)[:, :n]
     edges = torch.zeros(n, n, dtype=torch.bool)
     for i, j in itertools.combinations_with_replacement(range(0, len(x), block), 2):
@@ -2160,6 +2162,18 @@ def read_training(path):
     return rows
 
 
+def ledger(cfg, run, tok, rows, asked):
+    """Time a step and an answer of a student, and say how long all of them will take."""
+    model, lines = new_student(cfg, run, tok), pack([encode_row(tok, row, True) for row in rows[:99]], cfg.seq_len)
+    part = {name: x[: cfg.micro_batch].to(run.device) for name, x in lines.items()}
+    step = min(timeit.repeat(lambda: sft_loss(model, part).backward(), number=1, repeat=3))
+    step *= cfg.batch_size / len(part["ids"])
+    answer = timeit.timeit(lambda: generate(model.eval(), [[0] * (cfg.seq_len // 2)] * 32, 30), number=1) / 32
+    students = 1 + len(cfg.students.split(","))
+    minutes = ((cfg.base_steps + (students - 1) * cfg.steps) * step + students * asked * answer) / 60
+    print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes", flush=True)
+
+
 def dry_run(cfg):
     """What a run takes, without allocating a network or asking anybody."""
     if cfg.task == "synth":  # a plan; for 4 requests the user, a call, a result, an answer of 60 tokens; tools of 150
@@ -2237,9 +2251,10 @@ def run_students(cfg, run, state, data, world, tok):
         picked = rng.sample(list(world), rng.randint(3, 6))
         made = last_value(converse(Sim(cfg.seed, ("single", i), world, picked, most=1), False))
         single.append(to_openai(made, [world[name]["tool"] for name in picked]))
-    base = weights_of(cfg, run, state, "base", tok, None, single, cfg.base_steps)
     rows, totals = questions(held_out(cfg), docs), {}
     prompts = [prompt_ids(tok, row["tools"], row["before"], True) for row in rows]
+    ledger(cfg, run, tok, single, len(prompts))
+    base = weights_of(cfg, run, state, "base", tok, None, single, cfg.base_steps)
     for arm in ["base", *filter(None, cfg.students.split(","))]:
         path = base if arm == "base" else weights_of(cfg, run, state, arm, tok, base, data[arm], cfg.steps)
         if arm not in state["done"]:

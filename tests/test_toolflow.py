@@ -908,6 +908,74 @@ def test_a_training_file_of_others(tmp_path, capsys):
         assert where in capsys.readouterr().err
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama with random weights and a tokenizer of bytes, as a hub has it."""
+    plain = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    byte = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+    vocab = {c: i for i, c in enumerate([*byte, "<|im_start|>", "<|im_end|>"])}
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    (folder := tmp_path / "tiny").mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(dict(
+        normalizer=None, pre_tokenizer=level, model=dict(type="BPE", vocab=vocab, merges=[]),
+        added_tokens=[dict(id=vocab[c], content=c) for c in ("<|im_start|>", "<|im_end|>")])))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(eos_token="<|im_end|>")))
+    shape = dict(model_type="llama", hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 vocab_size=258, tie_word_embeddings=True)
+    (folder / "config.json").write_text(json.dumps(shape))
+    torch.manual_seed(0)
+    (tmp_path / "source").mkdir()
+    for path in folder.iterdir():
+        (tmp_path / "source" / path.name).write_bytes(path.read_bytes())
+    m.save_real(folder, tmp_path / "source", m.Decoder(m.read_shape(shape)))
+    return folder
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_checkpoint_is_tuned_on_a_file(checkpoint, tmp_path, monkeypatch, rank):
+    """From OpenAI's format to a folder that is read again; all weights or LoRA; the loss falls."""
+    monkeypatch.chdir(tmp_path)
+    rows = [m.to_openai(dict(messages=made["messages"][:4]), tools[:1]) for made, tools in sound()[:3]]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--steps", "8", "--batch-size", "2", "--micro-batch", "1", "--seq-len", "1400", "--lr", "0.03"]
+    flags += ["--log-every", "1", "--lora-rank", str(rank), "--out", "x", "--data", "d.jsonl"]
+    m.main(["--task", "sft", "--model", str(checkpoint), *flags])
+    losses = [row["loss"] for row in lines(tmp_path / "x" / "log.jsonl") if row["name"] == "sft"]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
+    (old, _), (new, tok) = m.load_real(checkpoint), m.load_real(tmp_path / "x" / "model")
+    changed = [k for k, p in new.state_dict().items() if not torch.equal(p, old.state_dict()[k])]
+    assert changed and ("embed_tokens.weight" in changed) == (rank == 0)
+    row = m.to_openai(*sound()[0])
+    text = tok.decode(m.encode_row(tok, row, False)[0])
+    assert text.startswith("system\nYou may call functions") and "user\n" + row["messages"][0]["content"] in text
+    ids, learned = m.encode_row(tok, dict(messages=[dict(role="user", content="<|im_end|>"), dict(
+        role="assistant", content="ok")], tools=[]), False)
+    assert ids.count(tok.stop[0]) == 2 and tok.decode([i for i, on in zip(ids, learned) if on]) == "ok"
+
+
+def test_bfcl_scores_a_model_that_knows_the_answers(checkpoint, tmp_path, monkeypatch):
+    """Names with dots come back; a right reply to every second item gives one half."""
+    (tmp_path / "b" / "possible_answer").mkdir(parents=True)
+    for name in m.AST_FILES:
+        name = "simple_python" if name == "simple" else name
+        items = [dict(id=str(i), question=[[dict(role="user", content=f"ask {i}")]], function=[BFCL]) for i in range(2)]
+        truth = [dict(id=str(i), ground_truth=[{"get.weather": dict(city=["Kelo"], days=[2.0, ""])}]) for i in range(2)]
+        for folder, rows in (("b", items), ("b/possible_answer", truth)):
+            (tmp_path / folder / f"BFCL_v4_{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    right = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "kelo", "days": 2}}\n</tool_call>'
+
+    def answers(model, tok, prompts, *_):
+        texts = [tok.decode(prompt) for prompt in prompts]
+        assert all('"get_weather"' in text and "given_name" not in text and "degrees" not in text for text in texts)
+        return [right if "ask 0" in text else "no" for text in texts]
+
+    monkeypatch.setattr(m, "answer_all", answers)
+    metrics = m.main(["--task", "bfcl", "--data", "b", "--model", str(checkpoint), "--out", "x", *SMOKE])["metrics"]
+    assert set(metrics.values()) == {0.5} and len(metrics) == len(m.AST_FILES) == 8
+    assert len(lines(tmp_path / "x" / "answers.jsonl")) == 16
+
+
 # ---------------------------------------------------------------- command line
 @pytest.mark.parametrize("argv, words", [
     (["--arms", "both,all"], ["--arms", "no-plan"]), (["--arms", "both", "--students", "neither"], ["--students"]),
@@ -1017,18 +1085,17 @@ def test_ast_checker_agrees_with_the_leaderboards(berkeley, monkeypatch):
 
 
 @pytest.mark.real
-def test_a_real_checkpoint_is_tuned_and_scored(berkeley, tmp_path, monkeypatch):
-    """LoRA on SmolLM2: the loss falls; the folder it writes is read again; BFCL items are answered."""
+def test_a_real_checkpoint_is_tuned(tmp_path, monkeypatch):
+    """LoRA on SmolLM2: the loss falls; what it writes is read again and begins to answer with a call."""
     import real
 
     monkeypatch.chdir(tmp_path)
-    rows = [m.to_openai(*pair) for pair in sound()[:2]]
+    rows = [m.to_openai(made, tools[:1]) for made, tools in sound()[:2]]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--steps", "3", "--batch-size", "1", "--micro-batch", "1", "--seq-len", "2048", "--log-every", "1"]
-    flags += ["--model", str(real.smollm2()), "--lora-rank", "4", "--out", "x"]
-    m.main(["--task", "sft", "--data", "d.jsonl", *flags])
+    flags = ["--steps", "3", "--batch-size", "1", "--seq-len", "1100", "--log-every", "1", "--lora-rank", "4"]
+    m.main(["--task", "sft", "--data", "d.jsonl", "--model", str(real.smollm2()), "--out", "x", *flags])
     losses = [row["loss"] for row in lines(tmp_path / "x" / "log.jsonl") if row["name"] == "sft"]
     assert losses[-1] < losses[0]
     model, tok = m.load_real(tmp_path / "x" / "model")
-    ids = m.prompt_ids(tok, rows[0]["tools"], rows[0]["messages"][:1], False)
-    assert "<|im_start|>assistant" in tok.decode(ids) or tok.head["assistant"] == ids[-len(tok.head["assistant"]):]
+    prompt = m.prompt_ids(tok, rows[0]["tools"], rows[0]["messages"][:1], False)
+    assert tok.decode(prompt).endswith("assistant\n") and m.generate(model, [prompt], 2)
