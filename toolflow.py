@@ -116,8 +116,8 @@ class Config:
     n_layer: int = 3  # layers of a student
     n_head: int = 4  # its attention heads
     n_embd: int = 96  # its width
-    base_steps: int = 400  # optimizer steps of the base on single requests, from which all students start
-    steps: int = 200  # optimizer steps, of all students alike
+    base_steps: int = 600  # optimizer steps of the base on single requests, from which all students start
+    steps: int = 400  # optimizer steps, of all students alike
     batch_size: int = 4  # packed lines of a step (not stated in the paper)
     micro_batch: int = 4  # lines that are in memory at once
     seq_len: int = 512  # tokens of a line, and most of a dialogue
@@ -197,26 +197,26 @@ SHAPES = {  # shape: tools as "verb: parameters -> returns", ? is optional; N is
             "message: person topic -> time", "transfer: person amount -> balance",
             "route: origin destination -> minutes"],
 }
-VERBS = {  # verb: names of tools; what a user wants to do
-    "find": ("find search lookup", "find a N|look for a N|search for a N"),
-    "reserve": ("reserve book", "reserve the N|book the N|make a booking of the N"),
-    "cancel": ("cancel drop", "cancel my N|call off the N|stop my N"),
-    "describe": ("describe inspect", "tell me about the N|describe the N|check the N"),
-    "review": ("review rate", "review the N|rate the N|leave stars about the N"),
-    "order": ("order purchase", "order the N|have the N sent|purchase the N"),
-    "track": ("track trace", "track my N|trace the N|see where my N is"),
-    "appoint": ("appoint schedule", "see a N|make a visit to the N|schedule a N"),
-    "move": ("move shift", "move my N visit|shift the N visit|put off the N visit"),
-    "buy": ("buy get", "buy seats at the N|get seats at the N|take seats at the N"),
-    "write": ("write create", "write a N|create a N|make a new N"),
-    "send": ("send forward", "send the N|forward the N|pass on the N"),
-    "settle": ("settle pay", "settle the N|pay the N|pay off the N"),
-    "weather": ("weather", "know the weather|hear about the weather|check the weather"),
-    "convert": ("convert", "convert money|change money|see what money is worth"),
-    "remind": ("remind", "set up a reminder|be told in time|create a reminder"),
-    "message": ("message", "send a message|write a message|leave a message"),
-    "transfer": ("transfer", "transfer money|send money|move money"),
-    "route": ("route", "find a way|know the way|plan a way"),
+VERBS = {  # verb, the last word of a tool's name: what a user wants to do
+    "find": "find a N|look for a N|search for a N",
+    "reserve": "reserve the N|book the N|make a booking of the N",
+    "cancel": "cancel my N|call off the N|stop my N",
+    "describe": "tell me about the N|describe the N|check the N",
+    "review": "review the N|rate the N|leave stars about the N",
+    "order": "order the N|have the N sent|purchase the N",
+    "track": "track my N|trace the N|see where my N is",
+    "appoint": "see a N|make a visit to the N|schedule a N",
+    "move": "move my N visit|shift the N visit|put off the N visit",
+    "buy": "buy seats at the N|get seats at the N|take seats at the N",
+    "write": "write a N|create a N|make a new N",
+    "send": "send the N|forward the N|pass on the N",
+    "settle": "settle the N|pay the N|pay off the N",
+    "weather": "know the weather|hear about the weather|check the weather",
+    "convert": "convert money|change money|see what money is worth",
+    "remind": "set up a reminder|be told in time|create a reminder",
+    "message": "send a message|write a message|leave a message",
+    "transfer": "transfer money|send money|move money",
+    "route": "find a way|know the way|plan a way",
 }
 KIND = dict(origin="city", destination="city", delivery_date="date") | dict.fromkeys(
     "price total refund budget balance".split(), "amount")  # of a parameter or return, where it is not its name
@@ -225,7 +225,7 @@ NUMBERS = "amount guests seats stars count temperature minutes points".split()  
 LINKED = re.compile(r"city|date|time|person|amount|.+_(id|booking|ticket|order|visit)")  # kinds one refers back to
 PREPOSITIONS = dict(city="in|near|around", origin="from", destination="to", date="on|for", time="at", person="with|for",
                     amount="of|worth", budget="under|below", topic="about", colour="in", currency="to|into")
-MONTHS = "january february march april may june july august september october november december".split()
+MONTHS = "may june july august".split()
 BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {} is what is wanted, found or missing
     "ask": ("please {}.;can you {}?;i want to {}.;i need to {}.;could you {}?;i would like to {}.;help me {}.;now {}.;"
             "let us {}.;go ahead and {}.;my plan is to {}.;it is time to {}.;we should {}.",
@@ -257,7 +257,7 @@ BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {
               "take a rest.;good to know.;that sounds nice.;any time.;have a good day.;i hear you.",
               "glad to help.;have a rest."),
 }
-SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+SYLLABLES = [c + v for c in "klmrst" for v in "aio"]
 
 
 def random_of(*key):
@@ -271,7 +271,7 @@ def make_value(kind, rng):
     if kind in NUMBERS:
         return rng.randint(*dict(amount=(10, 999), temperature=(10, 39), minutes=(10, 99)).get(kind, (2, 9)))
     if kind in ("city", "person"):
-        return "".join(rng.choice(SYLLABLES) for _ in range(2)).capitalize()
+        return "".join(rng.choice(SYLLABLES) for _ in range(3)).capitalize()
     if kind == "date":
         return f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"
     if kind == "time":
@@ -291,8 +291,7 @@ def make_tool(thing, line):
     head = thing.split()[-1] if thing else ""
     verb, params, results = re.fullmatch(r"(\w+): (.*) -> (.*)", line.replace("N", head)).groups()
     names, required = params.replace("?", "").split(), [p for p in params.split() if p[-1] != "?"]
-    which = random_of("name", thing, verb).choice(VERBS[verb][0].split())
-    function = dict(name=f"{thing} {which}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
+    function = dict(name=f"{thing} {verb}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
         type="object", properties={p: schema(p, thing) for p in names}, required=required), results=dict(
         type="object", properties={r: schema(r, thing) for r in results.split()}))
     kinds = {name: f"{thing} {name}" if head and name.startswith(head) else KIND.get(name, name)
@@ -303,7 +302,7 @@ def make_tool(thing, line):
 
 def wanted(verb, thing, form=0):
     """What a user wants from a tool, in words."""
-    text = VERBS[verb][1].split("|")[form].replace("N", thing)
+    text = VERBS[verb].split("|")[form].replace("N", thing)
     return text.replace(" a island", " an island")
 
 
@@ -427,7 +426,7 @@ class Words:
 
     def __init__(self):
         texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
-        texts += [" ".join(bank) for bank in BANKS.values()] + [forms for _, forms in VERBS.values()]
+        texts += [" ".join(bank) for bank in BANKS.values()] + [*VERBS, *VERBS.values()]
         texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS]
         texts += ["an tools with using by error gone"]
         words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
@@ -2301,9 +2300,10 @@ def run_world(cfg, run, state):
     if totals:
         print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
         print_table(metrics, [f"student {arm}" for arm in totals], list(shares))
-        if metrics["student base/current"] < 0.5 and cfg.scale != "smoke":
-            fail("the base has not learned to call, so that arms would differ by chance: raise --base-steps")
-    found = {"edges-compose": gain} | student_claims(totals) | data_claims(parts)
+    learned = min([metrics[f"student {arm}/current"] for arm in totals if arm != "base"], default=0.0) >= 0.5
+    if totals and not learned:
+        print("The students have hardly learned to call, so they are not compared: raise --base-steps or --steps.")
+    found = {"edges-compose": gain} | (student_claims(totals) if learned else {}) | data_claims(parts)
     return found, metrics, dict(encoder=name, merged=merged)
 
 
