@@ -2478,7 +2478,7 @@ def main(argv=None):
         found, metrics, record = go(cfg, run, state)
     except ValueError as error:
         raise error if "component" not in str(error) else fail(str(error))
-    tried = {arm: TRIED for arm in cfg.students.split(",")} if cfg.task == "world" else {}
+    tried = {arm: TRIED for arm in cfg.students.split(",") if arm and cfg.task == "world"}
     digest = hashlib.sha256(json.dumps([*library(), *library(True), BANKS]).encode()).hexdigest()
     minutes = (time.perf_counter() - run.began) / 60
     return report(cfg, run, "toolflow", argv, found, CLAIMS, tried=tried, data_sha256=digest, metrics=metrics, **record,
