@@ -981,14 +981,14 @@ class Sim:
 
     def plan(self):
         """Requests in an order in which arguments can come from what was returned or said before: greedily the tool of
-        which most is known, what is returned counts twice; new tools before used ones. (our choice)"""
+        which most is known; what is returned counts two, what is said one, a use before one less. (our choice)"""
         items, known, used, order = [], {}, Counter(), self.draw("order").sample(self.tools, len(self.tools))
 
         def worth(name):
             tool = self.world[name]
             feeds = sum(kind in self.world[other]["params"].values() for other in order if other != name
                         for kind in linked(tool["results"]))
-            return sum(known.get(tool["params"][p], 0) for p in tool["required"]) - 3 * used[name] + 0.1 * feeds
+            return sum(known.get(tool["params"][p], 0) for p in tool["required"]) - used[name] + 0.1 * feeds
 
         for k in range(self.most):
             names = []
