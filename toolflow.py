@@ -2071,14 +2071,13 @@ def encoder_of(cfg, device):
     """embed(texts) -> unit rows on the CPU, and its name: a BERT-type checkpoint, or hashed n-grams."""
     if not cfg.encoder:
         return hashed_ngrams, "hashed n-grams"
-    encoder = Encoder(fetch_model(cfg.encoder)).to(device).eval()
+    encoder, known = Encoder(fetch_model(cfg.encoder)).to(device).eval(), {}
 
     def embed(texts):
-        order, rows = sorted(range(len(texts)), key=lambda i: len(texts[i])), {}
-        for i in range(0, len(order), 64):
-            some = order[i : i + 64]
-            rows |= zip(some, encoder.embed([texts[j][:1500] for j in some]).cpu())
-        return torch.stack([rows[i] for i in range(len(texts))])
+        new = sorted(set(texts) - known.keys(), key=lambda text: (len(text), text))
+        for i in range(0, len(new), 64):  # those of like length together, none twice
+            known.update(zip(new[i : i + 64], encoder.embed([text[:1500] for text in new[i : i + 64]]).cpu()))
+        return torch.stack([known[text] for text in texts])
 
     return embed, Path(cfg.encoder).name
 
