@@ -112,7 +112,7 @@ class Config:
     replies: str = ""  # synth: folder of replies, none of which is paid for twice; "" = OUT/replies
     part: int = 100  # dialogues that are made, and written to the file, at a time
     tokens: int = 300_000  # kept tokens of each arm (paper: 8M)
-    n_test: int = 200  # held-out dialogues; bfcl: items of each category
+    n_test: int = 300  # held-out dialogues; bfcl: items of each category
     n_layer: int = 3  # layers of a student
     n_head: int = 4  # its attention heads
     n_embd: int = 96  # its width
