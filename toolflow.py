@@ -12,7 +12,8 @@ and follows a plan, so that requests build on what was said and returned before.
 shall use the history better than one trained on as many tokens about random tools without a plan.
 
   python toolflow.py                        # 7 min on one core; right arguments from earlier returns, both and neither
-  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph tools.svg   # 1,441 real tools, co-use
+  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 1.3 min; 1,441 real tools: with
+                                            # an edge 75 % of pairs are used in one task, of all pairs 21 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
   python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it
 
@@ -2216,10 +2217,11 @@ def draw_graph(path, edges, names, found):
 
 def print_table(metrics, arms, columns):
     """Measures as rows, arms as columns."""
-    print(f"{'':22}" + "".join(f"{arm:>18}" for arm in arms))
+    wide = max(17, *map(len, arms)) + 1
+    print(f"{'':22}" + "".join(f"{arm:>{wide}}" for arm in arms))
     for column in columns:
         cells = [metrics.get(f"{arm}/{column}") for arm in arms]
-        print(f"{column:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>18}" for cell in cells))
+        print(f"{column:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>{wide}}" for cell in cells))
 
 
 # ---------------------------------------------------------------- 8. Main
