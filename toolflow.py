@@ -11,8 +11,8 @@ Tools whose parameters and returns mean the same are joined in a graph. A dialog
 and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
 shall use the history better than one trained on as many tokens about random tools without a plan.
 
-  python toolflow.py                        # 7 min on one core; of arguments that a tool returned before 74 % are right,
-                                            # 56 without graph and plan; of those in the request itself 81 and 87
+  python toolflow.py                        # 7 min on one core; arguments that a tool returned before: 74 % right, 56
+                                            # without graph and plan; those in the request itself: 81 and 87
   python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 1.3 min; 1,441 real tools: with
                                             # an edge 75 % of pairs are used in one task, of all pairs 21 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
@@ -38,10 +38,11 @@ Differences from the paper, whose text was read without its tables and prompts: 
               from lists, so H and D-3 measure these lists too.
   rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
   measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
-  students    tiny decoders from random weights that first learn single requests, in place of an 8B model; loss on the
-              assistant's tokens. Held out are tools and frames of words; verbs are known. One simulator makes training
-              and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are left out.
-  checkpoint  SFT is by one process; FSDP is left out
+  students    tiny decoders from random weights, whose keys also see the token before, and which first learn single
+              requests, in place of an 8B model; loss on the assistant's tokens. Held out are tools and frames of words;
+              verbs are known. One simulator makes training and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are
+              left out.
+  left out    a local checkpoint as teacher, FSDP, sharegpt and xlam formats, leakage checks
 
 Copy out: simgraph, walk, broken_rules, ast_correct, to_hermes with from_hermes, pack with packed_states
 """
