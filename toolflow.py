@@ -170,7 +170,7 @@ SCALES = {  # "scale" and "scale:task"; explicit flags win
     "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
                   max_new=512, workers=32),
 }
-TRIED = 4  # settings of the students that were looked at, on seed 7 and alike for all arms
+TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
 ROLES = "system", "user", "assistant", "tool"
 
 
