@@ -2245,8 +2245,8 @@ def weights_of(cfg, run, state, name, tok, start, rows, steps):
 
 
 def run_students(cfg, run, state, data, world, tok):
-    """A base that has learned single requests, in which nothing can be linked; from there a student for each arm's
-    dialogues. {arm: tallies} on unseen tools."""
+    """A base that has learned single requests, which have no history; from there a student for each arm's dialogues.
+    {arm: tallies} on unseen tools."""
     docs, single = {name: tool["tool"] for name, tool in library(True).items()}, []
     for i in range(cfg.tokens // 100):
         rng = random_of("single", cfg.seed, i)
