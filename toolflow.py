@@ -156,9 +156,6 @@ class Config:
         need = dict(synth=("tools", "teacher", "model"), sft=("data", "model"), bfcl=("data", "model"))
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
             fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
-        for name in ("data", "tools"):
-            if (path := getattr(self, name)) and not Path(path).exists():
-                fail(f"--{name} {path}: no such file or folder")
 
 
 ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
@@ -2490,6 +2487,9 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.kernels and not torch.cuda.is_available():
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    for name in ("data", "tools"):
+        if (path := getattr(cfg, name)) and not Path(path).exists():
+            fail(f"--{name} {path}: no such file or folder")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("torchrun: one process only; several --seed and --out spread over machines")
     run = start_run(cfg, "toolflow")

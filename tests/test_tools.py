@@ -384,7 +384,7 @@ def exercises():
 
 def test_readme_has_exercises_for_each_script():
     scripts = {path.stem for path in readme.ROOT.glob("*.py")}
-    assert exercises().keys() <= scripts and scripts - exercises().keys() <= {"toolflow"}  # which is new
+    assert exercises().keys() == scripts
 
 
 @pytest.mark.parametrize("name", exercises())
