@@ -11,7 +11,7 @@ An image costs a multimodal language model hundreds of tokens. VisToG lets a few
 frozen image encoder beside the patches, assigns each patch to one of them and gives the language model their means.
 The paper keeps 98.1 % of the scores and saves 27 % of the time. Here: a generated world of objects and digits.
 
-  python vistog.py                          # 8 min on one core: accuracy by arm, what is kept, groups as a picture
+  python vistog.py    # 7 min on one core: 9 of 81 tokens keep 80 % of the score, a Q-Former's 87, true objects' 97
   python vistog.py --scale long --arms blind,full,vistog,vistog-joint --seed 1    # ablations, a part of them
   python tests/speed_vistog.py              # times at 576 and 64 tokens with random weights
 
