@@ -33,8 +33,9 @@ Differences from the paper, whose text was read without its tables and prompts: 
   encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
               that a tool has 6 neighbours on average
   n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
-  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model. How often sim chats
-              and refers back is the same in all arms: a plan changes the order of requests alone. Texts are phrasings
+  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model (no local checkpoint).
+              Sim chats as often in all arms, and refers back as often where it can: a plan chooses and orders the
+              requests so that it can. Texts are phrasings
               from lists, so H and D-3 measure these lists too.
   rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
   measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
@@ -163,10 +164,14 @@ ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
                   part=20, save_every=3, dialogues=4, max_new=12),
-    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=1024, steps=200, max_new=200),
-    "small:bfcl": dict(max_new=200), "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
-    "paper": dict(tokens=8_000_000, tau=0.82, steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5,
-                  max_new=512, workers=32),
+    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": dict(seq_len=8192, part=4),
+    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200),
+    "small:bfcl": dict(max_new=200), "small:synth": dict(seq_len=8192, part=20),
+    "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
+    "long:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=1000, max_new=200),
+    "long:bfcl": dict(max_new=200), "long:synth": dict(seq_len=8192, part=20),
+    "paper": dict(tokens=8_000_000, tau=0.82), "paper:synth": dict(tau=0.82, seq_len=8192, part=32, workers=32),
+    "paper:sft": dict(steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5), "paper:bfcl": dict(max_new=512),
 }
 TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
 ROLES = "system", "user", "assistant", "tool"
@@ -2147,7 +2152,8 @@ def save_real(folder, source, model):
     weights = {long(name): p.contiguous().cpu() for name, p in model.state_dict().items()}
     replace_file(folder / "model.safetensors", save(weights))
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        replace_file(folder / name, (source / name).read_bytes())
+        if (source / name).exists():
+            replace_file(folder / name, (source / name).read_bytes())
 
 
 def answer_all(model, tok, prompts, max_new, size=64):
@@ -2193,16 +2199,22 @@ def ledger(cfg, run, tok, rows, asked):
     print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes", flush=True)
 
 
+def estimate(cfg):
+    """What the dialogues of a served model may cost: a plan; for 4 requests the user, a call, a result, an answer of 60
+    tokens; tools of 150."""
+    asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
+    n, written = cfg.dialogues, asked * 60
+    print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} written; "
+          f"at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
+          f"{cfg.budget:,} tokens, as far as the server counts them", flush=True)
+
+
 def dry_run(cfg):
     """What a run takes, without allocating a network or asking anybody."""
-    if cfg.task == "synth":  # a plan; for 4 requests the user, a call, a result, an answer of 60 tokens; tools of 150
-        asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
-        n, written = cfg.dialogues, asked * 60
-        return print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} "
-                     f"written; at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; none is "
-                     f"begun after {cfg.budget:,} tokens")
-    folder = Path(cfg.model) / "config.json"
-    shape = read_shape(json.loads(folder.read_text())) if folder.exists() else student_shape(cfg, Words())
+    if cfg.task == "synth":
+        return estimate(cfg)
+    config = fetch_model(cfg.model, offline=True) / "config.json" if cfg.model else None
+    shape = read_shape(json.loads(config.read_text())) if config else student_shape(cfg, Words())
     with torch.device("meta"):
         n = sum(p.numel() for p in Decoder(shape).parameters())
     tokens = (1 if cfg.task == "sft" else 1 + len(cfg.students.split(","))) * cfg.steps * cfg.batch_size * cfg.seq_len
@@ -2263,8 +2275,8 @@ def weights_of(cfg, run, state, name, tok, start, rows, steps):
 
 
 def run_students(cfg, run, state, data, world, tok):
-    """A base that has learned single requests, which have no history; from there a student for each arm's dialogues.
-    {arm: tallies} on unseen tools."""
+    """A base that has learned single requests, in which one argument in a hundred is linked (to a return); from there a
+    student for each arm's dialogues. {arm: tallies} on unseen tools."""
     docs, single = {name: tool["tool"] for name, tool in library(True).items()}, []
     for i in range(cfg.tokens // 100):
         rng = random_of("single", cfg.seed, i)
@@ -2304,6 +2316,8 @@ def run_world(cfg, run, state):
         for row in rows:  # arms are compared at as many tokens
             total += 0 if row["broken"] else row["tokens"]
             kept += [row] if not row["broken"] and total <= cfg.tokens else []
+        if len(kept) < PARTS:
+            fail(f"--tokens {cfg.tokens}: {len(kept)} dialogues of {arm} are too few to compare, {PARTS} are needed")
         cuts = np.linspace(0, len(kept), PARTS + 1).astype(int)
         parts[arm] = [data_measures(kept[a:b], embed) for a, b in zip(cuts, cuts[1:])]
         broken = Counter(rule for row in rows for rule in row["broken"])
@@ -2321,9 +2335,10 @@ def run_world(cfg, run, state):
     if totals:
         print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
         print_table(metrics, [f"student {arm}" for arm in totals], list(shares))
-    learned = min([metrics[f"student {arm}/current"] for arm in totals if arm != "base"], default=0.0) >= 0.5
+    learned = metrics.get("student neither/current", 0.0) >= 0.5
     if totals and not learned:
-        print("The students have hardly learned to call, so they are not compared: raise --base-steps or --steps.")
+        print("The student of neither has hardly learned to call, or there is none, so that students are not compared: "
+              "raise --base-steps or --steps.")
     found = {"edges-compose": gain} | (student_claims(totals) if learned else {}) | data_claims(parts)
     return found, metrics, dict(encoder=name, merged=merged)
 
@@ -2374,6 +2389,8 @@ def run_graph(cfg, run, state):
     docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
     tools = sum(docs.values(), []) + others or (
         load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
+    if len(tools) < 2:
+        fail(f"--tools {cfg.tools}: one tool makes no graph")
     texts, owner, returns = tool_texts(tools)
     x, metrics = embed(texts), {}
     pp, pr = pair_scores(x, owner, len(tools), returns)
@@ -2394,8 +2411,8 @@ def run_graph(cfg, run, state):
     return found, metrics | more, dict(encoder=name)
 
 
-def converse_all(cfg, tools, edges, chats, ids):
-    """Dialogues `ids` by language models, side by side: what they wait for is asked together."""
+def converse_all(cfg, tools, edges, chats, ids, over):
+    """Dialogues `ids` by language models, side by side: what they wait for is asked together, until over() is true."""
     done, live, jobs = {}, {}, {}
     graph, with_plan = ARMS[cfg.arms.split(",")[0]]
     for i in ids:
@@ -2403,7 +2420,7 @@ def converse_all(cfg, tools, edges, chats, ids):
         done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["no reply"])
         live[i] = converse(Agents([tools[j] for j in picked], rng.randint(3, 5)), with_plan)
     replies = dict.fromkeys(live)
-    while live:
+    while live and not over():
         for i, talk in list(live.items()):
             try:
                 prompt, temperature, n = talk.send(replies[i])
@@ -2415,26 +2432,35 @@ def converse_all(cfg, tools, edges, chats, ids):
         for name, chat in chats.items():
             mine = [i for i in live if done[i]["model"] == name]
             replies |= zip(mine, chat.ask([jobs[i] for i in mine]))
+    for i in live:
+        done[i]["broken"] = ["over budget"]
     return list(done.values())
 
 
 def run_synth(cfg, run, state):
     """Dialogues for --tools by language models. Replies are kept under the hash of what was asked, so that a killed run
-    asks nothing twice; a part is written at once. Over --budget none is begun."""
+    asks nothing twice; a part is written at once. Over --budget nothing is asked."""
+    estimate(cfg)
     embed, name = encoder_of(cfg, run.device)
     tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
+    if len(tools) < int(cfg.n_tools.split("-")[1]):
+        fail(f"--tools {cfg.tools}: {len(tools)} tools, --n-tools {cfg.n_tools} takes more of them into a dialogue")
     edges, path, near = build_graph(cfg, tools, embed), run.out / "dialogues.jsonl", Near()
     (folder := Path(cfg.replies or run.out / "replies")).mkdir(parents=True, exist_ok=True)
     chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")}
     rows, log, before = read_rows(path, cfg.part), Log(run, "dialogues", cfg.dialogues), state["done"].get("tokens", 0)
     for row in rows:
         _ = row["broken"] or near(row)
-    while len(rows) < cfg.dialogues and state["done"].get("tokens", 0) <= cfg.budget:
-        new = converse_all(cfg, tools, edges, chats, range(len(rows), len(rows) + cfg.part))
+    def spent():
+        return before + sum(chat.tokens for chat in chats.values())
+
+    while len(rows) < cfg.dialogues and spent() <= cfg.budget:
+        ids = range(len(rows), min(len(rows) + cfg.part, cfg.dialogues))
+        new = converse_all(cfg, tools, edges, chats, ids, lambda: spent() > cfg.budget)
         new = [finish(cfg, d, [tools[j] for j in d["tools"]], near) if d["messages"] else d for d in new]
         append_rows(path, new)
         rows += new
-        state["done"]["tokens"] = before + sum(chat.tokens for chat in chats.values())
+        state["done"]["tokens"] = spent()
         remember(run, state)
         log(len(rows), kept=sum(not row["broken"] for row in rows), tokens=state["done"]["tokens"])
         pause(run)
@@ -2453,31 +2479,50 @@ def run_sft(cfg, run, state):
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
     if not len(data["ids"]):
         fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
-    share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
-    print(f"{len(rows)} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned")
+    share, used = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum()), int((data["place"] == 0)[
+        data["doc"] >= 0].sum())
+    print(f"{used} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned; "
+          f"{len(rows) - used} longer ones are left out, see --seq-len")
+    if not share:
+        fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
     model = train(cfg, run, state, "sft", add_lora(model, cfg.lora_rank).to(run.device), data, cfg.steps)
     save_real(run.out / "model", folder, merge_lora(model))
     print(f"wrote {run.out / 'model'}")
-    return {}, {"sft/dialogues": len(rows), "sft/learned": share}, {}
+    return {}, {"sft/dialogues": used, "sft/left out": len(rows) - used, "sft/learned": share}, {}
 
 
 def run_bfcl(cfg, run, state):
-    """Calls of --model on the Berkeley data's Python categories, by the AST rules."""
-    (model, tok), metrics, answers = load_real(fetch_model(cfg.model)), {}, run.out / "answers.jsonl"
+    """Calls of --model on the Berkeley data's Python categories, by the AST rules; a category is done at once."""
+    model, tok = load_real(fetch_model(cfg.model))
     for category in AST_FILES:
+        if category in state["done"]:
+            continue
         items = bfcl_file(Path(cfg.data), category)[: cfg.n_test]
         tools = [[normal_tool(raw, category) for raw in item["function"]] for item, _ in items]
         prompts = [prompt_ids(tok, some, item["question"][0], False) for some, (item, _) in zip(tools, items)]
-        texts, right = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
+        texts, rows = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
         for (item, gold), some, text in zip(items, tools, texts):
             back = {tool["function"]["name"]: name_of(tool) for tool in some}
-            calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
-            right.append(ast_correct(calls, {f["name"]: f for f in item["function"]}, gold))
-            append_rows(answers, [dict(id=item["id"], reply=text, right=right[-1])])
-        metrics[f"bfcl/{category}"] = float(np.mean(right))
+            calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)
+                     if isinstance(name, str)]
+            right = ast_correct(calls, {f["name"]: f for f in item["function"]}, gold)
+            rows.append(dict(id=item["id"], reply=text, right=right))
+        replace_file(run.out / f"answers-{category}.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
+        state["done"][category] = float(np.mean([row["right"] for row in rows]))
+        remember(run, state)
+        pause(run)
+    metrics = {f"bfcl/{category}": state["done"][category] for category in AST_FILES}
     print_table(metrics, ["bfcl"], AST_FILES)
     return {}, metrics, {}
+
+
+def data_hash(cfg):
+    """Of the files that were read, or of the made world."""
+    paths = [Path(path) for path in (cfg.data, cfg.tools) if path]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*.json*")))]
+    world = json.dumps([library(), library(True), SHAPES, BANKS], default=str).encode()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) if files else world).hexdigest()
 
 
 def main(argv=None):
@@ -2503,10 +2548,9 @@ def main(argv=None):
     except ValueError as error:
         raise error if "component" not in str(error) else fail(str(error))
     tried = {arm: TRIED for arm in cfg.students.split(",") if arm and cfg.task == "world"}
-    digest = hashlib.sha256(json.dumps([*library(), *library(True), BANKS]).encode()).hexdigest()
     minutes = (time.perf_counter() - run.began) / 60
-    return report(cfg, run, "toolflow", argv, found, CLAIMS, tried=tried, data_sha256=digest, metrics=metrics, **record,
-                  minutes=minutes)
+    record |= dict(tried=tried, data_sha256=data_hash(cfg), metrics=metrics, minutes=minutes)
+    return report(cfg, run, "toolflow", argv, found, CLAIMS, **record)
 
 
 if __name__ == "__main__":

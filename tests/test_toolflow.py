@@ -2,6 +2,7 @@
 # Copyright (c) 2026 the authors
 """toolflow.py: tools and graph, walks, agents, rules, formats, measures, the AST checker, training, command line."""
 import copy
+import hashlib
 import functools
 import itertools
 import json
@@ -783,7 +784,7 @@ def chat(monkeypatch, tmp_path):
 
 def synth(chat, *argv):
     return m.main(["--task", "synth", *SMOKE, "--tools", "tools.json", "--teacher", chat.url, "--model", "a,b,c",
-                   "--n-tools", "5-6", "--part", "2", "--seq-len", "9000", *argv])
+                   "--n-tools", "5-6", "--part", "2", *argv])
 
 
 def lines(path):
@@ -837,9 +838,15 @@ def test_endpoint_with_faults_and_a_kill(chat, tmp_path, monkeypatch):
     assert len(chat.seen) - seen == seen + 6 and seen < asked  # nothing is asked twice but what failed
 
 
-def test_budget_stops_between_parts(chat, tmp_path):
-    metrics = synth(chat, "--out", "x", "--budget", "1")["metrics"]
-    assert metrics["dialogues/made"] == 2 and metrics["dialogues/tokens"] == 7 * len(chat.seen)
+def test_budget_stops_within_a_part(chat, tmp_path, capsys):
+    """After the plans of the first two dialogues: no further request; the estimate comes before."""
+    metrics = synth(chat, "--out", "x", "--budget", "13", "--part", "2")["metrics"]
+    assert metrics["dialogues/made"] == metrics["dialogues/over budget"] == len(chat.seen) == 2
+    assert metrics["dialogues/tokens"] == 14 and "4 dialogues: about 68 requests" in capsys.readouterr().out
+
+
+def test_no_more_dialogues_are_made_than_asked_for(chat, tmp_path):
+    assert synth(chat, "--out", "x", "--dialogues", "3", "--part", "20")["metrics"]["dialogues/made"] == 3
 
 
 def test_injected_instructions_change_nothing(chat, tmp_path):
@@ -941,6 +948,9 @@ def test_a_checkpoint_is_tuned_on_a_file(checkpoint, tmp_path, monkeypatch, rank
     flags += ["--log-every", "1", "--lora-rank", str(rank), "--out", "x", "--data", "d.jsonl"]
     m.main(["--task", "sft", "--model", str(checkpoint), *flags])
     losses = [row["loss"] for row in lines(tmp_path / "x" / "log.jsonl") if row["name"] == "sft"]
+    record = json.loads((tmp_path / "x" / "result.json").read_text())
+    assert record["data_sha256"] == hashlib.sha256((tmp_path / "d.jsonl").read_bytes()).hexdigest()
+    assert record["metrics"]["sft/dialogues"] + record["metrics"]["sft/left out"] == 3
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
     (old, _), (new, tok) = m.load_real(checkpoint), m.load_real(tmp_path / "x" / "model")
     changed = [k for k, p in new.state_dict().items() if not torch.equal(p, old.state_dict()[k])]
@@ -973,7 +983,7 @@ def test_bfcl_scores_a_model_that_knows_the_answers(checkpoint, tmp_path, monkey
     monkeypatch.setattr(m, "answer_all", answers)
     metrics = m.main(["--task", "bfcl", "--data", "b", "--model", str(checkpoint), "--out", "x", *SMOKE])["metrics"]
     assert set(metrics.values()) == {0.5} and len(metrics) == len(m.AST_FILES) == 8
-    assert len(lines(tmp_path / "x" / "answers.jsonl")) == 16
+    assert [len(lines(tmp_path / "x" / f"answers-{name}.jsonl")) for name in m.AST_FILES] == [2] * 8
 
 
 # ---------------------------------------------------------------- command line
