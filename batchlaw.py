@@ -1144,6 +1144,11 @@ def replace_file(path, content):
     os.replace(temporary, path)
 
 
+def flags_of(run):
+    """The text of config.json, by which a checkpoint knows its run."""
+    return (run.out / "config.json").read_text() if (run.out / "config.json").exists() else ""
+
+
 def save_state(run, **state):
     """All that a run needs to continue, in one file: its parts, the length of the log. Random numbers are to be drawn
     from (seed, step), so that there is no state of a generator to save."""
@@ -1151,7 +1156,7 @@ def save_state(run, **state):
         return
     log, buffer = run.out / "log.jsonl", io.BytesIO()
     state |= dict(threads=torch.get_num_threads(), torch=str(torch.__version__))
-    state |= dict(flags=(run.out / "config.json").read_text(), log=log.stat().st_size if log.exists() else 0)
+    state |= dict(flags=flags_of(run), log=log.stat().st_size if log.exists() else 0)
     torch.save(state, buffer)
     replace_file(run.out / "state.pt", buffer.getvalue())
 
@@ -1167,7 +1172,7 @@ def load_state(run):
         state = {} if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged archive raises nearly anything
         state = {}
-    if state.get("flags") != (run.out / "config.json").read_text():
+    if state.get("flags") != flags_of(run):
         fail(f"{path} is damaged, or not of the run of config.json: remove {run.out} and start again")
     if (state["threads"], state["torch"]) != (torch.get_num_threads(), str(torch.__version__)):
         print("note: the number of threads or torch has changed: the result will not be the same to the bit")

@@ -164,9 +164,9 @@ def test_nothing_dangerous(name):
     assert [node.lineno for node in imports if {"pickle", "marshal", "shelve"} & imported(node)] == []
 
 
-LONGER = dict(mdm=(1581, 1370), flatquant=(1451, 1021), convattn=(1021, 800), gametheory=(1321, 1140),
-              batchlaw=(1481, 1300), rise=(1866, 1390), reversegen=(1705, 1265),
-              reviseval=(1908, 1391), vistog=(1404, 1190), toolflow=(2558, 2058))  # all that was asked for in one file
+LONGER = dict(mdm=(1586, 1370), flatquant=(1456, 1021), convattn=(1026, 800), gametheory=(1326, 1140),
+              batchlaw=(1486, 1300), rise=(1871, 1390), reversegen=(1710, 1265),
+              reviseval=(1913, 1391), vistog=(1409, 1190), toolflow=(2563, 2058))  # all that was asked for in one file
 
 
 @each_script
