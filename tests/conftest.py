@@ -140,7 +140,7 @@ def kill_after_save(cwd, share, whole):
     return kill
 
 
-def outcome(run):
+def result_of(run):
     """A run's exported weights as hashes, and its result.json without minutes, argv and measures of speed."""
     def steady(record):
         timing = re.compile(r"^(minutes|argv)$|per_s(?![a-z])|seconds|mfu")
@@ -150,6 +150,12 @@ def outcome(run):
                for p in run.out.rglob("*.safetensors")}
     text = (run.out / "result.json").read_text()
     return weights, json.loads(text, object_hook=steady, parse_constant=str)  # as text, NaN equals NaN
+
+
+@pytest.fixture
+def outcome():
+    """`outcome(run)`: see result_of."""
+    return result_of
 
 
 @pytest.fixture
@@ -171,7 +177,7 @@ def kill_and_resume(alone, smoke):
         while run.returncode:
             run = start("--resume", cwd=cwd, meanwhile=kill)
             kill = None
-        assert outcome(run) == outcome(whole)
+        assert result_of(run) == result_of(whole)
         return run
     return check
 

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import outcome
 from safetensors.torch import save
 
 SCRIPTS = sorted(path.stem for path in Path(__file__).resolve().parents[1].glob("*.py"))
@@ -40,7 +39,7 @@ def after(seconds, cwd):
 
 @pytest.mark.battery
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_killed_at_random_moments(name, alone, smoke):
+def test_killed_at_random_moments(name, alone, smoke, outcome):
     """20 kills, wherever they fall; every run that comes to its end gives the whole run's result."""
     whole, rng, kills, ends = smoke(name), random.Random(name), 20, 0
     while kills or not ends:
@@ -60,7 +59,7 @@ def limit_files(size):
 
 
 @each_script
-def test_full_disk(name, alone, smoke):
+def test_full_disk(name, alone, smoke, outcome):
     """One line and code 2, and with room again --resume ends in the whole run's result."""
     whole, cwd = smoke(name), alone.new()
     biggest = max(path.stat().st_size for path in whole.out.rglob("*") if path.suffix != ".png")
@@ -142,7 +141,7 @@ def test_damaged_checkpoint(name, interrupted, tmp_path, capsys):
 
 @pytest.mark.battery
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_damaged_directory(name, interrupted, alone, smoke):
+def test_damaged_directory(name, interrupted, alone, smoke, outcome):
     """Any other file of an interrupted run, cut to its half: told, or the run does without it. What an arm has left as
     an export (model weights that are not read again) may stay cut."""
     folder = interrupted(name, 0)
