@@ -13,7 +13,7 @@ The paper keeps 98.1 % of the scores and saves 27 % of the time. Here: a generat
 
   python vistog.py    # 7 min on one core: 9 of 81 tokens keep 80 % of the score, a Q-Former's 87, true objects' 97
   python vistog.py --scale long --arms blind,full,vistog,vistog-joint --seed 1    # ablations, a part of them
-  python tests/speed_vistog.py              # times at 576 and 64 tokens with random weights
+  python vistog.py --bench    # times of answers with 576 and with 64 tokens, random weights; more on a GPU
 
 Symbols (B images, N patches, M semantic tokens, L layers, d and D width of the encoder and of the language model)
   paper        code            shape                  meaning
@@ -46,7 +46,7 @@ Differences from the paper, whose text was not at hand: abstract, reviews and Gr
   free        tokens stand at the places of their patches (windows: middles; merged: means), the text behind all N,
               as full has learned it. The class token learns from captions alone: its attention (clstopk) is not CLIP's.
   left out    a checkpoint's language model, LLaVA's data, POPE's files, other benchmarks, FastV, VisionZip, PruMerge,
-              FSDP; load_clip serves tests/speed_vistog.py and those who copy it.
+              FSDP; load_clip serves those who copy it.
 
 Copy out: hard_assign with gumbel_noise, semantic_stream with Vision, VisToG, tome, load_clip
 """
@@ -60,6 +60,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -132,12 +133,16 @@ class Config:
     save_every: int = 100  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/vistog/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
+    bench: bool = False  # instead: time answers with 576 and with 64 tokens, random weights (cuda: CLIP-L, Llama 7B)
+    rounds: int = 21  # of --bench, in which the arms take turns
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
+        if self.bench:
+            self.task, self.arms, self.n_sem = "bench", "full,vistog", 64
         self.arms = self.arms or "blind,full,uniform,avgpool,qformer,vistog,vistog-oracle"
         arms = self.arms.split(",")
-        if self.task != "scenes":
+        if self.task != "scenes" and not self.bench:
             fail(f"--task {self.task}: there is one, scenes")
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list of names out of {', '.join(ARMS)}")
@@ -162,7 +167,7 @@ ARMS = "blind full uniform avgpool qformer vistog tome clstopk".split()
 ARMS += [f"vistog-{variant}" for variant in "joint late soft hard oracle".split()]
 SCALES = {
     "smoke": dict(n_train=64, n_eval=32, vit_layer=2, vit_embd=16, n_layer=1, n_embd=16, n_head=2, encoder_steps=4,
-                  lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2),
+                  lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2, rounds=1),
     "small": {},
     "long": dict(n_train=20_000, encoder_steps=6000, lm_steps=6000, align_steps=500, steps=5000),
     "paper": dict(vit_layer=23, vit_embd=1024, n_layer=32, n_embd=4096, n_head=32, n_sem=64, batch_size=128,
@@ -360,7 +365,7 @@ def questions(scenes, generator, test=False):
 
 
 # ---------------------------------------------------------------- 3. Model
-class Layer(nn.Module):
+class SmallLayer(nn.Module):
     """A layer of LLaMA: RMSNorm, attention with rotary positions, SwiGLU of three times the width."""
 
     def __init__(self, d, heads):
@@ -396,7 +401,7 @@ class LanguageModel(nn.Module):
     def __init__(self, vocab, d, n_layer, heads):
         super().__init__()
         self.embed_tokens, self.norm = nn.Embedding(vocab, d), nn.RMSNorm(d)
-        self.layers = nn.ModuleList(Layer(d, heads) for _ in range(n_layer))
+        self.layers = nn.ModuleList(SmallLayer(d, heads) for _ in range(n_layer))
         for p in self.parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, 0, 0.5 / math.sqrt(p.shape[1]))
@@ -411,6 +416,149 @@ class LanguageModel(nn.Module):
 
     def head(self, x):
         return F.linear(x, self.embed_tokens.weight)
+
+
+# --- block: decoder ---
+def read_shape(config):
+    """The numbers of a Llama or Qwen2 config.json that Decoder needs."""
+    kind, d, heads = config.get("model_type"), config["hidden_size"], config["num_attention_heads"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    usual = dict(hidden_act="silu", mlp_bias=False, use_sliding_window=False, attention_bias=kind == "qwen2")
+    odd = [f"{name} {config[name]}" for name, value in usual.items() if config.get(name, value) not in (value, None)]
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if odd or kind not in ("llama", "qwen2") or scaling not in ("default", "llama3"):
+        fail(f"config.json: only plain Llama and Qwen2 are known, not {', '.join([str(kind), scaling, *odd])}")
+    return SimpleNamespace(
+        n_embd=d, n_mlp=config["intermediate_size"], n_layer=config["num_hidden_layers"], n_head=heads,
+        n_kv=config.get("num_key_value_heads") or heads, head_dim=config.get("head_dim") or d // heads,
+        bias=kind == "qwen2", vocab_size=config["vocab_size"], eps=config.get("rms_norm_eps", 1e-6), rope=rope,
+        theta=rope.get("rope_theta") or config.get("rope_theta") or 1e4, llama3=scaling == "llama3",
+        tied=config.get("tie_word_embeddings", False))
+
+
+def rope_frequencies(shape):
+    """Radians a position for each pair of a head (hd / 2,); Llama-3 slows the slow pairs down by a factor."""
+    frequency = shape.theta ** -(torch.arange(0, shape.head_dim, 2, device="cpu") / shape.head_dim)
+    if not shape.llama3:
+        return frequency
+    names = "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "factor"
+    context, low, high, factor = (shape.rope[name] for name in names)
+    keep = ((frequency * context / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # by turns in the old context
+    return frequency * (keep + (1 - keep) / factor)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions: x (B, H, L, hd) with cos, sin (B, 1, L, hd); entry i is paired with i + hd / 2."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class Layer(nn.Module):
+    """Attention and MLP of Llama and Qwen2. A method may override qkv, heads (after the rotation), out and mlp."""
+    def __init__(self, shape):
+        super().__init__()
+        d, queries, keys = shape.n_embd, shape.n_head * shape.head_dim, shape.n_kv * shape.head_dim
+        self.head_dim, plain = shape.head_dim, functools.partial(nn.Linear, bias=False)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(d, shape.eps), nn.RMSNorm(d, shape.eps)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d, n, bias=shape.bias) for n in (queries, keys, keys))
+        self.o_proj, self.down_proj = plain(queries, d), plain(shape.n_mlp, d)
+        self.gate_proj, self.up_proj = plain(d, shape.n_mlp), plain(d, shape.n_mlp)
+
+    def qkv(self, x):
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def heads(self, q, k, v):
+        return q, k, v  # (B, H, L, hd), (B, KV, L, hd), (B, KV, L, hd)
+
+    def out(self, a):
+        return self.o_proj(a)
+
+    def mlp(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward(self, x, turn, mask=None, cache=None, start=0):
+        """x (B, L, d); turn: cos and sin; mask (B, 1, L, start + L) bool, None: causal, no padding."""
+        q, k, v = (y.unflatten(2, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(self.input_layernorm(x)))
+        q, k, v = self.heads(rotate(q, *turn), rotate(k, *turn), v)
+        if cache is not None:  # (2, B, KV, L_max, hd), filled up to start
+            cache[:, :, :, start : start + k.shape[2]] = torch.stack([k, v])
+            k, v = cache[:, :, :, : start + k.shape[2]]
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True)
+        x = x + self.out(a.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A Llama-3 or Qwen2 language model; parameters have the checkpoint's names less model., self_attn. and mlp."""
+    def __init__(self, shape, layer=Layer):
+        super().__init__()
+        self.shape, self.frequency = shape, rope_frequencies(shape)
+        self.embed_tokens, self.norm = nn.Embedding(shape.vocab_size, shape.n_embd), nn.RMSNorm(shape.n_embd, shape.eps)
+        self.layers = nn.ModuleList(layer(shape) for _ in range(shape.n_layer))
+        self.lm_head = None if shape.tied else nn.Linear(shape.n_embd, shape.vocab_size, bias=False)
+
+    def turn(self, positions):
+        """cos and sin (B, 1, L, hd) for positions (B, L)."""
+        angle = positions[:, None, :, None] * self.frequency.to(positions.device).repeat(2)
+        return angle.cos().to(self.norm.weight), angle.sin().to(self.norm.weight)
+
+    def head(self, x):
+        """Logits (..., V) of the last layer's output (..., d)."""
+        return F.linear(self.norm(x), (self.lm_head or self.embed_tokens).weight)
+
+    def forward(self, ids, pad=None, cache=None, start=0):
+        """ids (B, L), of which the first pad (B,) are padding, to logits (B, L, V); with a cache
+        (n_layer, 2, B, KV, L_max, hd), where ids continue at start, to logits (B, V) of the next token only."""
+        place = torch.arange(start + ids.shape[1], device=ids.device)  # (start + L,)
+        positions, mask, here = place[None, start:], None, place[start:, None]  # here (L, 1)
+        if pad is not None or start and ids.shape[1] > 1:
+            pad = ids.new_zeros(len(ids)) if pad is None else pad
+            seen = (place <= here) & (place >= pad[:, None, None])  # (B, L, start + L)
+            mask = (seen | (place == here))[:, None]  # a padding token sees itself: softmax of nothing is NaN
+            positions = (positions - pad[:, None]).clamp(min=0)  # (B, L)
+        x, turn = self.embed_tokens(ids), self.turn(positions)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, turn, mask, None if cache is None else cache[i], start)
+        return self.head(x if cache is None else x[:, -1])
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, generator=None):
+    """Continue prompts (lists of ids), padded on the left to one batch; lists of new ids, cut before a stop id.
+    temperature 0 is greedy, else ids are drawn from the smallest set that holds top_p of the probability."""
+    s, weight, L = model.shape, model.embed_tokens.weight, max(map(len, prompts))
+    pad = torch.tensor([L - len(p) for p in prompts], device=weight.device)
+    ids = torch.tensor([[0] * (L - len(p)) + p for p in prompts], device=weight.device)  # (B, L)
+    cache, new = weight.new_zeros(s.n_layer, 2, len(ids), s.n_kv, L + max_new, s.head_dim), ids[:, :0]
+    while new.shape[1] < max_new and not all(set(row) & set(stop) for row in new.tolist()):
+        logits = model(ids, pad if pad.any() else None, cache, start=(L + new.shape[1] - 1) * bool(new.numel()))
+        ids = logits.argmax(-1, keepdim=True)  # (B, 1)
+        if temperature:
+            p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+            ids = order.gather(1, torch.multinomial(p, 1, generator=generator))
+        new = torch.cat([new, ids], 1)
+    return [list(itertools.takewhile(lambda token: token not in stop, row)) for row in new.tolist()]
+# --- end block ---
+
+
+class CheckpointLM(Decoder):
+    """The language model of a checkpoint, called as LanguageModel is; its head has the last norm."""
+
+    def forward(self, x, position, mask=None, cache=None, start=0):
+        """Embeddings x (B, L, D) to outputs (B, L, D); cache (n_layer, 2, B, KV, L_max, hd) is filled from start on."""
+        turn = self.turn(position)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, turn, mask, None if cache is None else cache[i], start)
+        return x, cache
+
+
+@torch.no_grad()
+def next_word(lm, x, cache, start=0):
+    """The most likely word (B, 1) behind embeddings x (B, L, D), which go on behind `start` places of the cache."""
+    position = torch.arange(start, start + x.shape[1], device=x.device).expand(len(x), -1)
+    x, _ = lm(x, position, cache=cache, start=start)
+    return lm.head(x[:, -1:]).argmax(-1)
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -456,7 +604,7 @@ class Vision(nn.Module):
 
     def enter(self, pixels):
         """Pixels (B, 3, H, W) from 0 to 1 to what the first layer reads (B, N + 1, d), the class token first."""
-        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+        mean, std = (pixels.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
         x = self.patch_embedding((pixels - mean) / std).flatten(2).mT  # (B, N, d)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return self.pre_layrnorm(x + self.position_embedding.weight)
@@ -652,7 +800,7 @@ class Network(nn.Module):
     def __init__(self, cfg, arm, vision, lm):
         super().__init__()
         (kind, _, variant), d, D = arm.partition("-"), vision.shape["hidden_size"], lm.embed_tokens.weight.shape[1]
-        self.vision, self.kind, self.lm = (vision,), kind, copy.deepcopy(lm)
+        self.vision, self.kind, self.lm = (vision,), kind, lm
         self.m = dict(blind=0, full=vision.n_patch).get(kind, cfg.n_sem)
         self.reduce = VisToG(vision, cfg, variant) if kind == "vistog" else None
         self.reduce = QFormer(vision, cfg) if kind == "qformer" else self.reduce
@@ -661,9 +809,13 @@ class Network(nn.Module):
         self.needs += ["objects"] * (variant == "oracle")
         self.projector = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)) if self.m else None
 
+    def stream(self, pixels):
+        """What the reducer needs of the encoder; full and qformer only its output."""
+        return dict(out=self.vision[0](pixels)) if self.needs == ["out"] else self.vision[0].streams(pixels)
+
     def visual(self, part, free="", m=0):
         """Visual tokens (B, m, D) for the language model. free: a reducer without parameters in place of the arm's."""
-        stream = self.vision[0].streams(part["pixels"]) if "pixels" in part else {}
+        stream = self.stream(part["pixels"]) if "pixels" in part else {}
         stream |= {k: part[k] for k in STREAM if k in part}
         name, p = free or self.kind, stream["out"][:, 1:]
         if name in FREE:
@@ -780,6 +932,8 @@ CLAIMS = [
     ("noise-helps", "vistog/mean - vistog-hard/mean", 0.0, "groups are learned as well without Gumbel noise"),
     ("hard-helps", "vistog/mean - vistog-soft/mean", 0.0, "soft groups are as good"),
     ("encoder-helps", "vistog/mean - vistog-late/mean", 0.0, "tokens that skip the encoder are as good"),
+    ("saves-time", "vistog/saved", 0.10, "F4: --bench, an image at a time: hardly less time (paper: more than 27 %)"),
+    ("saves-time-16", "vistog/saved 16", 0.10, "F4 with 16 images at a time, on a GPU"),
 ]
 
 
@@ -1005,7 +1159,7 @@ def train_all(cfg, run, state, data, test):
     nets = {}
     for arm in cfg.arms.split(","):
         torch.manual_seed(cfg.seed)
-        net = nets[arm] = Network(cfg, arm, vision, blind.lm).to(run.device)
+        net = nets[arm] = Network(cfg, arm, vision, copy.deepcopy(blind.lm)).to(run.device)
         if net.m and state.get("job") != arm and arm not in state["done"]:
             net.lm.requires_grad_(False)
             job(cfg, run, state, f"{arm} align", net, batches(f"{arm} align", net), cfg.align_steps, cfg.align_lr)
@@ -1266,7 +1420,8 @@ def work(net, n_text):
     stream = L * (24 * d * d * M + 4 * M * (N + 1 + M) * d)  # of the semantic tokens
     grouping = 4 * M * d * d + 4 * N * d * d + 4 * M * N * d + 16 * M * d * d  # q, out; k, v; Z, G; MLP
     reducer = dict(vistog=stream + grouping, qformer=2 * (28 * M * d * d + 4 * N * d * d + 4 * M * (M + N) * d))
-    layer = 26 * D * D * (M + n_text) + 4 * (M + n_text) ** 2 * D
+    matrices = sum(p.numel() for p in net.lm.layers[0].parameters() if p.ndim > 1)
+    layer = 2 * matrices * (M + n_text) + 4 * (M + n_text) ** 2 * D
     return dict(encoder=encoder if M else 0, reducer=reducer.get(net.kind, 0) + 2 * M * (d * D + D * D),
                 reader=len(net.lm.layers) * layer + 2 * D * V)
 
@@ -1293,7 +1448,7 @@ def speeds(nets, scenes, rounds=7):
 
 def ledger(cfg, run, vision, lm):
     """Measure a step of each job with the untrained parts, and say what the training will take."""
-    generator, total, vision = generator_of("show"), 0.0, copy.deepcopy(vision)  # a copy: it gets gradients
+    generator, total, (vision, lm) = generator_of("show"), 0.0, copy.deepcopy((vision, lm))  # they get gradients
     data = keep(vision, make_scenes(cfg.batch_size, generator), generator, STREAM) | dict(digits=None)
     jobs = dict(encoder=(Captioner(vision), cfg.encoder_steps))
     jobs["lm"] = Network(cfg, "blind", vision, lm), cfg.lm_steps
@@ -1305,6 +1460,105 @@ def ledger(cfg, run, vision, lm):
         n = sum(p.numel() for p in net.parameters())
         print(f"{job}: {n:,} parameters | {steps} steps x {1e3 * seconds:.0f} ms, {cfg.batch_size / seconds:.0f}/s")
     print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
+
+
+CLIP_336 = dict(hidden_size=1024, image_size=336, patch_size=14, num_attention_heads=16, intermediate_size=4096,
+                num_hidden_layers=23, layer_norm_eps=1e-5)  # ViT-L/14-336 up to the last layer but one: N = 576
+LLAMA_7B = dict(model_type="llama", hidden_size=4096, num_attention_heads=32, intermediate_size=11008,
+                num_hidden_layers=32, vocab_size=32000, rms_norm_eps=1e-5)
+SMALLER = (dict(hidden_size=256, num_attention_heads=4, intermediate_size=1024, num_hidden_layers=6),
+           dict(hidden_size=512, num_attention_heads=8, intermediate_size=1376, num_hidden_layers=8))  # for a CPU
+PARTS, WORDS, NEW = ("encoder", "grouping", "prefill", "decode"), 40, 8
+
+
+def random_weights(module, run):
+    """Fill a module of the meta device on the device itself, without a file or a copy."""
+    module = module.to(run.dtype).to_empty(device=run.device).requires_grad_(False)
+    for p in module.parameters():
+        nn.init.normal_(p, 0, 0.02) if p.ndim > 1 else nn.init.ones_(p)
+    return module
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * time.perf_counter()
+
+
+@torch.no_grad()
+def timed_answer(net, pixels):
+    """Milliseconds of the PARTS of an answer of NEW words to WORDS words behind an image, greedy."""
+    times, lm = [clock(pixels.device)], net.lm
+    stream = net.stream(pixels)
+    times.append(clock(pixels.device))
+    visual = net.visual(stream)  # reducer and projector
+    times.append(clock(pixels.device))
+    text = torch.zeros(len(pixels), WORDS, dtype=torch.long, device=pixels.device)
+    x, s = torch.cat([visual, lm.embed_tokens(text)], 1), lm.shape  # (B, M + WORDS, D)
+    cache = x.new_zeros(s.n_layer, 2, len(x), s.n_kv, x.shape[1] + NEW, s.head_dim)
+    word = next_word(lm, x, cache)
+    times.append(clock(pixels.device))
+    for i in range(NEW):
+        word = next_word(lm, lm.embed_tokens(word), cache, x.shape[1] + i)
+    times.append(clock(pixels.device))
+    return np.diff(times)
+
+
+def timed_steps(net, pixels):
+    """Milliseconds of forward and backward of the semantic tokens: the image's stream kept, computed, and masked."""
+    vision, semantic, times = net.vision[0], net.reduce.semantic, []
+    with torch.no_grad():
+        kept = vision.streams(pixels)["kept"]
+    for form in ("kept", "computed", "masked"):
+        began = clock(pixels.device)
+        s = vision.pre_layrnorm(semantic).expand(len(pixels), -1, -1)  # (B, M, d)
+        if form == "computed":
+            with torch.no_grad():
+                kept = vision.streams(pixels)["kept"]
+        s = joint_stream(vision, vision.enter(pixels), s)[1] if form == "masked" else semantic_stream(vision, s, kept)
+        s.square().mean().backward()
+        times.append(clock(pixels.device) - began)
+    return times
+
+
+def bench(cfg, run):
+    """Times of answers with all 576 tokens and with 64, and of a training step; the record of main.
+
+    The arms take turns. An interval is of the median, over 1000 bootstraps of the rounds."""
+    torch.manual_seed(cfg.seed)
+    clip, llama, batches = CLIP_336, LLAMA_7B, (1, 16)
+    if run.device.type != "cuda":
+        clip, llama, batches = clip | SMALLER[0], llama | SMALLER[1], (1,)
+    with torch.device("meta"):
+        vision, lm = Vision(clip), CheckpointLM(read_shape(llama))
+    vision, lm = random_weights(vision, run), random_weights(lm, run)
+    nets = {arm: Network(cfg, arm, vision, lm).to(run.device, run.dtype) for arm in cfg.arms.split(",")}
+    print(f"encoder {sum(p.numel() for p in vision.parameters()):,} parameters, language model "
+          f"{sum(p.numel() for p in lm.parameters()):,}, {str(run.dtype)[6:]}, medians of {cfg.rounds} rounds in ms")
+    pick = np.random.default_rng(0).integers(cfg.rounds, size=(1000, cfg.rounds))
+    pick, metrics, found = np.concatenate([np.arange(cfg.rounds)[None], pick]), {}, {}  # the sample itself first
+    print(f"{'images, arm':14}" + "".join(f"{name:>10}" for name in (*PARTS, "total", "GFLOP")))
+    for batch in batches:
+        pixels, end, spent = torch.rand(batch, 3, 336, 336).to(run.device, run.dtype), f" {batch}" * (batch > 1), {}
+        for _ in range(cfg.rounds + 2):  # two to warm up
+            for arm, net in nets.items():
+                spent.setdefault(arm, []).append(timed_answer(net, pixels))
+        for arm, rows in spent.items():
+            rows = np.array(rows[2:])
+            spent[arm] = np.median(rows.sum(1)[pick], 1)  # (1 + draws,)
+            row = dict(zip(PARTS, np.median(rows, 0))) | dict(total=spent[arm][0])
+            metrics |= {f"{arm}/{name}{end} ms": float(x) for name, x in row.items()}
+            gflops = batch * sum(work(nets[arm], WORDS).values()) / 1e9
+            print(f"{f'{batch} {arm}':14}" + "".join(f"{x:10.2f}" for x in (*row.values(), gflops)))
+        saved = 1 - spent["vistog"] / spent["full"]
+        metrics[f"vistog/saved{end}"] = float(saved[0])
+        found["saves-time" + end.replace(" ", "-")] = saved[0], np.quantile(saved, [0.025, 0.975])
+        print(f"time saved: {100 * saved[0]:.1f} % (paper: more than 27 %)")
+    pixels = torch.rand(4, 3, 336, 336).to(run.device, run.dtype)
+    steps = np.median([timed_steps(nets["vistog"], pixels) for _ in range(cfg.rounds + 2)][2:], 0)
+    metrics |= {f"step/{form} ms": float(x) for form, x in zip(("kept", "computed", "masked"), steps)}
+    print("training step of the semantic tokens, 4 images: kept {:.1f} ms, computed {:.1f}, masked {:.1f}".format(*steps))
+    return metrics, found
 
 
 def plot_groups(path, scenes, groups):
@@ -1380,6 +1634,11 @@ def main(argv=None):
     run = start_run(cfg, "vistog")
     state = dict(done=[]) | load_state(run)
     run.began = time.perf_counter() - state.get("seconds", 0.0)
+    if cfg.bench:
+        metrics, found = bench(cfg, run)
+        record = dict(tried=dict.fromkeys(cfg.arms.split(","), 1), metrics=metrics, data_sha256="")
+        record |= dict(minutes=(time.perf_counter() - run.began) / 60)
+        return report(cfg, run, "vistog", argv, found, CLAIMS, **record)
     halves = [digits and tuple(x[i::2] for x in digits) for i in (0, 1)]  # other digits in the test
     data = make_scenes(cfg.n_train, generator_of("train", cfg.seed), halves[0]) | dict(digits=halves[0])
     generator = generator_of(cfg.held_out)

@@ -492,7 +492,7 @@ def test_cached_decoding_is_the_whole_forward():
 def test_layer_of_the_language_model_against_a_loop():
     """RMSNorm, rotary pairs i and i + hd / 2, causal attention, SwiGLU: one token at a time in fp64."""
     torch.manual_seed(0)
-    layer, x = m.Layer(8, 2).double(), torch.randn(1, 4, 8).double()
+    layer, x = m.SmallLayer(8, 2).double(), torch.randn(1, 4, 8).double()
     layer.norm1.weight.data = torch.rand(8).double()
     at = torch.tensor([0, 3, 4, 9])
 
@@ -537,6 +537,63 @@ def test_counted_flops_are_the_closed_form(arm):
     extra = 2 * d * d + 2 * 82 * d if net.m else 0  # the class token's attention, which is no part of the encoder
     assert encoder - extra == wanted["encoder"]
     assert counter.get_total_flops() == wanted["reducer"] + wanted["reader"]
+
+
+# ---------------------------------------------------------------- --bench
+@torch.no_grad()
+def test_words_with_a_cache_are_those_of_the_whole_text():
+    """Greedy words behind visual tokens, one by one, with a decoder of few keys: those that full passes would give.
+    Bugs: a place that does not go on behind the cache, a head without the last norm."""
+    torch.manual_seed(0)
+    shape = m.LLAMA_7B | dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+                              num_hidden_layers=2, vocab_size=29)
+    lm = m.CheckpointLM(m.read_shape(shape))
+    lm.norm.weight.data = 3 * torch.randn(16)
+    for p in lm.parameters():
+        p.data += 0.3 * torch.randn_like(p) * (p.ndim > 1)
+    x, cache = torch.randn(3, 5, 16), torch.zeros(2, 2, 3, 2, 9, 4)
+    word, whole, seen = m.next_word(lm, x, cache), x, []
+    for i in range(4):
+        y, _ = lm(whole, torch.arange(5 + i).expand(3, -1))
+        assert (word[:, 0] == lm.head(y)[:, -1].argmax(-1)).all() and word.shape == (3, 1)
+        seen.append(word)
+        whole = torch.cat([whole, lm.embed_tokens(word)], 1)
+        word = m.next_word(lm, lm.embed_tokens(word), cache, 5 + i)
+    assert len(torch.cat(seen).unique()) > 2
+
+
+def test_bench(tmp_path, monkeypatch, capsys):
+    """Of a known clock: parts, totals, the time saved and its claim, an image at a time on a CPU. Bugs: parts in
+    another order, the share of the wrong arm, times of warming up counted, a claim that ignores its interval."""
+    monkeypatch.chdir(tmp_path)
+    tiny = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    monkeypatch.setattr(m, "SMALLER", (tiny | dict(intermediate_size=16), tiny | dict(intermediate_size=24)))
+    spent = dict(full=iter([[9e9] * 4] * 2 + [[1, 2, 50, 7]] * 3), vistog=iter([[9e9] * 4] * 2 + [[1, 4, 10, 15]] * 3))
+    real, tokens = m.timed_answer, {}
+
+    def timed(net, pixels):
+        assert pixels.shape == (1, 3, 336, 336) and (real(net, pixels) > 0).all()
+        tokens[net.kind] = net.visual(net.stream(pixels)).shape[1]
+        return np.array(next(spent[net.kind]))
+
+    monkeypatch.setattr(m, "timed_answer", timed)
+    result = m.main(["--bench", "--rounds", "3"])
+    assert tokens == dict(full=576, vistog=64) and result["task"] == "bench"
+    metrics, (claim,) = result["metrics"], result["claims"]
+    assert [metrics[f"vistog/{name} ms"] for name in (*m.PARTS, "total")] == [1, 4, 10, 15, 30]
+    assert metrics["full/total ms"] == 60 and metrics["vistog/saved"] == 0.5
+    assert claim == dict(id="saves-time", statistic=0.5, ci=[0.5, 0.5], threshold=0.1, verdict="HOLDS")
+    assert all(metrics[f"step/{form} ms"] > 0 for form in ("kept", "computed", "masked"))
+    assert "time saved: 50.0 % (paper: more than 27 %)" in capsys.readouterr().out
+
+
+def test_sizes_of_the_bench():
+    """On a GPU they are CLIP ViT-L/14-336 less its last layer, and Vicuna 7B: counted from their own tables."""
+    with torch.device("meta"):
+        vision, lm = m.Vision(m.CLIP_336), m.CheckpointLM(m.read_shape(m.LLAMA_7B))
+    assert vision.n_patch == 576 and sum(p.numel() for p in lm.parameters()) == 6_738_415_616
+    layer = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    assert sum(p.numel() for p in vision.parameters()) == 23 * layer + 1024 * (1 + 3 * 14**2 + 577 + 2)
 
 
 # ---------------------------------------------------------------- the world
