@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "numpy", "safetensors", "tqdm", "matplotlib"]
+# dependencies = ["torch==2.13.0", "numpy", "tiktoken", "safetensors", "requests", "tqdm", "matplotlib", "pillow"]
 # ///
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
@@ -72,13 +72,16 @@ import subprocess
 import sys
 import time
 import timeit
+import unicodedata
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import requests
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,7 +95,7 @@ from tqdm import tqdm
 # ---------------------------------------------------------------- 1. Config
 @dataclass
 class Config:
-    task: str = "scenes"  # scenes: the generated world
+    task: str = "scenes"  # scenes|llava: the generated world; CLIP and a language model from checkpoints, LLaVA's data
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = ""  # comma list out of ARMS below; "" = those compared by default
     tag: str = "main"  # name of this variant in the RESULT record
@@ -101,6 +104,14 @@ class Config:
     n_train: int = 5000  # scenes for questions and alignment (paper: 558K captions, 665K instructions)
     n_eval: int = 1000  # held-out scenes
     held_out: str = "test"  # test|dev: which held-out scenes are asked; settings are chosen on dev
+    vision: str = ""  # llava: directory of a CLIP image encoder (paper: ViT-L/14-336), config.json and safetensors
+    model: str = ""  # llava: directory or hub id of a Llama or Qwen2 language model (paper: Vicuna 7B)
+    data: str = ""  # llava: JSON of dialogues, [{"image", "conversations": [{"from", "value"}]}] (paper: mix665k)
+    align_data: str = ""  # llava: the same for stage 1, whose first answers are captions; "" = data (paper: 558K)
+    images: str = ""  # llava: the directory of the images that data names
+    test_data: str = ""  # llava: JSONL of questions, {"image", "text", "label": "yes" or "no"} a line (POPE's files)
+    test_images: str = ""  # llava: the directory of their images; "" = images
+    seq_len: int = 2048  # llava: longest dialogue, in tokens; what is behind is cut off
     digits: str = ""  # file of handwritten digits, 64 grey levels and the value a line (optdigits); "" = a bitmap font
     # model
     vit_layer: int = 3  # layers of the image encoder (paper: 23 of 24)
@@ -117,7 +128,8 @@ class Config:
     lm_steps: int = 1600  # of the language model, on captions and questions without images
     align_steps: int = 100  # stage 1: reducer and projector, captions, language model frozen (paper: one epoch)
     steps: int = 1300  # stage 2: all but the encoder, questions (paper: one epoch)
-    batch_size: int = 16  # scenes in one optimizer step, over all devices (paper: 256, then 128)
+    batch_size: int = 16  # scenes in one optimizer step, over all devices (paper: 128)
+    align_batch: int = 0  # the same in stage 1; 0 = batch_size (paper: 256)
     micro_batch: int = 0  # scenes per forward pass; 0 = no split; saves memory, same gradient
     encoder_lr: float = 3e-3  # peak learning rate of the encoder and of the language model before stage 1
     align_lr: float = 2e-3  # of stage 1 (paper: 1e-3)
@@ -127,6 +139,7 @@ class Config:
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
+    fsdp: bool = False  # llava with torchrun: spread the network over the devices; else each has all of it
     kernels: bool = False  # Triton kernel for the grouping (cuda only; compared with PyTorch at first use)
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
@@ -141,37 +154,41 @@ class Config:
         if self.bench:
             self.task, self.arms, self.n_sem = "bench", "full,vistog", 64
         self.arms = self.arms or "blind,full,uniform,avgpool,qformer,vistog,vistog-oracle"
-        arms = self.arms.split(",")
-        if self.task != "scenes" and not self.bench:
-            fail(f"--task {self.task}: there is one, scenes")
+        arms, world = self.arms.split(","), self.task == "scenes"
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list of names out of {', '.join(ARMS)}")
-        zeros = dict.fromkeys("seed micro_batch encoder_lr align_lr lr weight_decay grad_clip eps tau".split(), 0)
+        zeros = dict.fromkeys("seed align_batch micro_batch encoder_lr align_lr lr weight_decay grad_clip eps tau".split(), 0)
         for name, value in vars(self).items():
             low = zeros.get(name, 1)
             if not isinstance(value, (str, bool)) and not low <= value < math.inf:
                 fail(f"--{name.replace('_', '-')} {value}: must be at least {low} and finite")
-        if math.isqrt(self.n_sem) ** 2 != self.n_sem or self.n_sem > 81:
+        if math.isqrt(self.n_sem) ** 2 != self.n_sem or world and self.n_sem > 81:
             fail(f"--n-sem {self.n_sem}: must be a square number, at most 81, for avgpool: 4, 9, 16, 25, 36")
-        if "vistog-oracle" in arms and self.n_sem <= MOST:
-            fail(f"--n-sem {self.n_sem}: vistog-oracle needs one for each object and one for the rest, 9 or more")
+        if "vistog-oracle" in arms and (self.n_sem <= MOST or not world):
+            fail(f"--n-sem {self.n_sem}: vistog-oracle needs one for each object of a scene and one for the rest, 9 or more")
         if self.tau == 0 or self.eps == 0:
             fail(f"--tau {self.tau}, --eps {self.eps}: must be above 0")
         if self.vit_embd % (4 * self.n_head) or self.n_embd % (2 * self.n_head):
             fail(f"--n-head {self.n_head}: --vit-embd must be a multiple of 4 times, --n-embd of 2 times as much")
-        if self.scale == "paper" and not self.dry_run:
-            fail("--scale paper: training on real data is not in this file; --dry-run says what it would take")
+        for name in "vision model data images test_data".split() if self.task == "llava" and not self.dry_run else ():
+            if not getattr(self, name):
+                fail(f"--task llava needs --{name.replace('_', '-')}, see -h (or --dry-run, what it would take)")
+        if world and (self.scale == "paper" or self.fsdp):
+            fail("--scale paper and --fsdp are for --task llava: the generated world has a small language model")
 
 
 ARMS = "blind full uniform avgpool qformer vistog tome clstopk".split()
 ARMS += [f"vistog-{variant}" for variant in "joint late soft hard oracle".split()]
+LLAVA = dict(arms="full,avgpool,qformer,vistog", n_sem=64, align_lr=1e-3, lr=2e-5, weight_decay=0.0)
 SCALES = {
     "smoke": dict(n_train=64, n_eval=32, vit_layer=2, vit_embd=16, n_layer=1, n_embd=16, n_head=2, encoder_steps=4,
                   lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2, rounds=1),
     "small": {},
     "long": dict(n_train=20_000, encoder_steps=6000, lm_steps=6000, align_steps=500, steps=5000),
-    "paper": dict(vit_layer=23, vit_embd=1024, n_layer=32, n_embd=4096, n_head=32, n_sem=64, batch_size=128,
-                  micro_batch=16, align_steps=4360, steps=5200, align_lr=1e-3, lr=2e-5, weight_decay=0.0),
+    "paper": dict(task="llava", batch_size=128, align_batch=256, micro_batch=2, align_steps=2180, steps=5198, **LLAVA),
+    "smoke:llava": dict(LLAVA, n_sem=4),
+    "small:llava": LLAVA,
+    "long:llava": LLAVA,
 }
 # Settings looked at on dev scenes of a seed not reported: rates 0.8e-3 to 6e-3 of stage 2, and the size of what learned
 # queries start from; for vistog also tau 4, q and k that start four times as large or learn five times as slowly, all
@@ -362,6 +379,107 @@ def questions(scenes, generator, test=False):
         asked.append(ask_exists(pairs, held, False, generator))
     *words, answer, valid = (torch.stack(column, 1) for column in zip(*asked))  # (n, S) each
     return torch.stack(words, 2), answer.where(valid, -100)
+
+
+# Real data, as LLaVA and POPE have it: a record is dict(image: a path or None, turns: [(question, answer), ...]).
+SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's, behind a question of POPE
+
+
+def image_file(folder, name, where):
+    """The path of an image that a data file names, inside of the folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w. -]+(/[\w. -]+)*", name) or ".." in name.split("/"):
+        fail(f"{where}: image: must be the path of a file in the directory of images, not {str(name)[:80]!r}")
+    path = Path(folder, name)
+    return path if path.is_file() else fail(f"{where}: image: there is no {path}")
+
+
+def read_llava(path, folder):
+    """Records of a JSON file of dialogues. <image> goes ahead of the first question, where LLaVA's code moves it."""
+    try:
+        items = json.loads(Path(path).read_text("utf-8"))
+        assert isinstance(items, list) and items, "a list with a dialogue or more is wanted"
+    except (OSError, ValueError, AssertionError) as error:
+        fail(f"{path}: {error}")
+    records = []
+    for i, item in enumerate(items):
+        where = f"{path}, item {i}"
+        try:
+            said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in item["conversations"]]
+            said = said[said[0][0] == "gpt" :]  # LLaVA's code leaves out an answer without a question as well
+            kinds, words = zip(*said)
+            assert kinds == ("human", "gpt") * (len(kinds) // 2) and all(words[1::2])
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError):
+            fail(f"{where}: conversations: must be a list of from, human and gpt in turn, and value, a text")
+        image = image_file(folder, item["image"], where) if "image" in item else None
+        records.append(dict(image=image, turns=list(zip(words[::2], words[1::2]))))
+    return records
+
+
+def read_pope(path, folder):
+    """Records of a JSONL file of questions whose label is yes or no."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        fail(f"--test-data {path}: {error}")
+    records = []
+    for i, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+            image, text, label = item["image"], item["text"].replace("<image>", "").strip(), item["label"]
+            assert label in ("yes", "no")
+        except (LookupError, TypeError, AttributeError, ValueError, AssertionError):
+            fail(f"--test-data {path}, line {i}: must be an object with image, text and label, which is yes or no")
+        text = text if text.endswith(SHORT) else f"{text}\n{SHORT}"
+        records.append(dict(image=image_file(folder, image, f"{path}, line {i}"), turns=[(text, None)], label=label))
+    return records or fail(f"--test-data {path}: no question in it")
+
+
+def read_image(path, side):
+    """Pixels (3, side, side) from 0 to 1: padded to a square with the mean colour, bicubic. (LLaVA-1.5's code)"""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        fail(f"{path}: no image that can be read: {error}")
+    longest = max(image.size)
+    square = Image.new("RGB", (longest, longest), tuple(int(255 * x) for x in CLIP_MEAN))
+    square.paste(image, tuple((longest - x) // 2 for x in image.size))
+    pixels = np.asarray(square.resize((side, side), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+
+
+def end_of(words):
+    """The control token behind an answer."""
+    return words.special.get("<|eot_id|>", words.special.get("<|im_end|>"))
+
+
+def dialogue(words, record, m):
+    """Ids and labels of a record, m visual tokens ahead of the first question; labels are the answers' words and what
+    ends them. Where an answer is None the ids end before it."""
+    messages, spans = [], []
+    for question, answer in record["turns"]:
+        messages.append(dict(role="user", content=question))
+        start = len(words.chat(messages))
+        if answer is not None:
+            spans.append((start, start + len(words.encode(answer)) + 1))
+            messages.append(dict(role="assistant", content=answer))
+    ids = words.chat(messages)[: spans[-1][1] if spans else None]
+    label = [-100] * len(ids)
+    for a, b in spans:
+        label[a:b] = ids[a:b]
+    empty = words.chat([dict(role="user", content="")])
+    at = len(empty) - 1 - empty[::-1].index(end_of(words))  # where the first question begins
+    seen = [IMAGE] * m + words.encode("\n") if m and record["image"] else []
+    return ids[:at] + seen + ids[at:], label[:at] + [-100] * len(seen) + label[at:]
+
+
+def caption(words, record, m):
+    """Ids and labels in stage 1: m visual tokens, and the first answer as caption, without a question. (LLaVA)"""
+    seen, text = [IMAGE] * m * (record["image"] is not None), words.encode(record["turns"][0][1]) + [end_of(words)]
+    seen = [words.bos] * (words.bos is not None) + seen
+    return seen + text, [-100] * len(seen) + text
 
 
 # ---------------------------------------------------------------- 3. Model
@@ -559,6 +677,18 @@ def next_word(lm, x, cache, start=0):
     position = torch.arange(start, start + x.shape[1], device=x.device).expand(len(x), -1)
     x, _ = lm(x, position, cache=cache, start=start)
     return lm.head(x[:, -1:]).argmax(-1)
+
+
+@torch.no_grad()
+def greedy(lm, x, new, stop):
+    """Up to `new` most likely words behind embeddings x (B, L, D), cut before the id stop."""
+    s, L = lm.shape, x.shape[1]
+    cache = x.new_zeros(s.n_layer, 2, len(x), s.n_kv, L + new, s.head_dim)
+    said = next_word(lm, x, cache)
+    while said.shape[1] < new and not (said == stop).any(1).all():
+        x = lm.embed_tokens(said[:, -1:])
+        said = torch.cat([said, next_word(lm, x, cache, L + said.shape[1] - 1)], 1)
+    return [list(itertools.takewhile(lambda word: word != stop, row)) for row in said.tolist()]
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -826,13 +956,15 @@ class Network(nn.Module):
             p = self.reduce(stream, part.get("noise"))
         return self.projector(p)
 
+    def embed(self, ids, visual):
+        """Embeddings (B, L, D) of words, and visual (B, m, D) where ids (B, L) are IMAGE; a row may have no image."""
+        x, image = self.lm.embed_tokens(ids.clamp(min=0)), ids == IMAGE
+        return x if visual is None else x.masked_scatter(image[:, :, None], visual[image.any(1)].to(x))
+
     def read(self, part, visual):
         """Logits (n, V) of the labelled places of part: ids (B, L) with IMAGE where a visual token stands, position,
         label and, where it holds several questions that do not see each other, group (B, L), 0 for all to see."""
-        ids, mask = part["ids"], None
-        x = self.lm.embed_tokens(ids.clamp(min=0))  # (B, L, D)
-        if visual is not None:
-            x = x.masked_scatter((ids == IMAGE)[:, :, None], visual.to(x))
+        ids, mask, x = part["ids"], None, self.embed(part["ids"], visual)
         if "group" in part:
             group, place = part["group"], torch.arange(ids.shape[1], device=ids.device)
             mask = (group[:, None] == 0) | (group[:, None] == group[:, :, None])  # (B, L, L)
@@ -909,6 +1041,33 @@ def certificate(vision, digits=None):
     masks = dict(colour=seen, shape=seen & ~card, digit=seen & card)
     return {f"{view}/{name}": linear_probe(x[masks[name]], labels[name][masks[name]])
             for view, x in views.items() for name in labels}
+
+
+@torch.no_grad()
+def spoken(cfg, run, words, net, records):
+    """The answers in words to questions about images, greedy; questions of the same length are answered together."""
+    prompts, said, size = [dialogue(words, r, net.m)[0] for r in records], {}, cfg.micro_batch or cfg.batch_size
+    net.eval()
+    for _, same in itertools.groupby(sorted(range(len(records)), key=lambda i: len(prompts[i])),
+                                     key=lambda i: len(prompts[i])):
+        same = list(same)
+        for at in (same[i : i + size] for i in range(0, len(same), size)):
+            ids = torch.tensor([prompts[i] for i in at], device=run.device)
+            with half(run):
+                visual = net.visual(dict(pixels=pixels_of(net, [records[i] for i in at]).to(run.device))) if net.m else None
+                answers = greedy(net.lm, net.embed(ids, visual), NEW, end_of(words))
+            said |= {i: words.decode(answer) for i, answer in zip(at, answers)}
+    return [said[i] for i in range(len(records))]
+
+
+def pope_scores(said, labels):
+    """POPE's measures. An answer is no where its first sentence has the word no or not, else yes. (official code)"""
+    yes = np.array([not {"No", "no", "not"} & {*text.split(".")[0].replace(",", "").split(" ")} for text in said])
+    true = np.array(labels) == "yes"
+    precision, recall = (yes & true).sum() / max(1, yes.sum()), (yes & true).sum() / max(1, true.sum())
+    f1 = 2 * precision * recall / max(1e-9, precision + recall)
+    scores = dict(accuracy=(yes == true).mean(), precision=precision, recall=recall, f1=f1, yes_ratio=yes.mean())
+    return {name: float(x) for name, x in scores.items()}
 
 
 # Fixed before the first evidence run: id, statistic, threshold, what would refute it. "mean" is over the categories
@@ -1065,32 +1224,63 @@ def make_batch(cfg, job, net, data, step):
     return part
 
 
+def pixels_of(net, records):
+    """Pixels (B, 3, H, W) of records; a black image where there is none, which no word sees."""
+    side = net.vision[0].shape["image_size"]
+    return torch.stack([read_image(r["image"], side) if r["image"] else torch.zeros(3, side, side) for r in records])
+
+
+def real_batch(cfg, run, words, job, net, records, step):
+    """This rank's share of batch `step` of real data: records in a new order in each epoch, cut to seq_len."""
+    place, align = np.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size), job.endswith("align")
+    order = {epoch: torch.randperm(len(records), generator=generator_of("epoch", cfg.seed, align, epoch))
+             for epoch in {*(place // len(records)).tolist()}}
+    mine = [records[order[i // len(records)][i % len(records)]] for i in place.tolist()[run.rank :: run.world]]
+    rows = [(caption if align else dialogue)(words, record, net.m) for record in mine]
+    longest = min(cfg.seq_len, max(len(ids) for ids, _ in rows))
+    ids, label = (torch.tensor([x[:longest] + [fill] * (longest - len(x)) for x in column])
+                  for column, fill in zip(zip(*rows), (0, -100)))
+    part = dict(ids=ids[:, :-1], label=label[:, 1:], position=torch.arange(longest - 1).expand(len(ids), -1))
+    if net.m:
+        part["pixels"] = pixels_of(net, mine)
+    if net.kind == "vistog":
+        noise = gumbel_noise((cfg.batch_size, net.m, net.vision[0].n_patch), generator_of("noise", cfg.seed, align, step))
+        part["noise"] = noise[run.rank :: run.world]
+    return part
+
+
+def half(run):
+    """Autocast where the run is not in fp32."""
+    return torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32)
+
+
 def loss_sum(run, net, part):
     """Summed cross-entropy of the labelled places, and their number."""
     part = {name: x.to(run.device) for name, x in part.items()}
-    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+    with half(run):
         logits = net(part)  # (n, V)
     label = part["label"][part["label"] >= 0]
     return F.cross_entropy(logits.float(), label, reduction="sum"), torch.tensor(len(label), device=run.device)
 
 
 def train(cfg, run, job, net, batch, steps, lr, state):
-    """Train what of net has requires_grad on batch(0), batch(1), ...; state: what load_state gave, {} for a new run."""
+    """Train what of net has requires_grad on this rank's batch(0), batch(1), ..., and return it by name; state: what
+    load_state gave, {} for a new run."""
+    if cfg.fsdp:
+        shard(run, net)
     fit, step = {name: p for name, p in net.named_parameters() if p.requires_grad}, 0
-    wrapped = DistributedDataParallel(net.train()) if run.world > 1 else net.train()
+    wrapped = DistributedDataParallel(net.train()) if run.world > 1 and not cfg.fsdp else net.train()
     # param_groups and accumulate shall see what is learned
-    view = SimpleNamespace(parameters=fit.values, no_sync=getattr(wrapped, "no_sync", None))
+    view = SimpleNamespace(parameters=fit.values, no_sync=getattr(wrapped, "no_sync", contextlib.nullcontext))
     optimizer = torch.optim.AdamW(param_groups(view, cfg.weight_decay), lr, (0.9, 0.95), fused=True)
     if state.get("job") == job:
         step = state["step"]
-        net.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
+        put_state(cfg, net, optimizer, state)
     log, began, first = Log(run, job, steps, step), time.perf_counter(), step
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, lr, 0.0, max(1, steps * 3 // 100), steps)
-        part = {name: x[run.rank :: run.world] for name, x in batch(step).items()}
-        loss = accumulate(view, part, cfg.micro_batch or cfg.batch_size, lambda _, x: loss_sum(run, wrapped, x))
+        loss = accumulate(view, batch(step), cfg.micro_batch or cfg.batch_size, lambda _, x: loss_sum(run, wrapped, x))
         norm = nn.utils.clip_grad_norm_(fit.values(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -1101,12 +1291,12 @@ def train(cfg, run, job, net, batch, steps, lr, state):
             log(step, loss=loss.item(), gnorm=float(norm), lr=group["lr"], per_s=rate, eta_min=eta)
         stop = should_stop(run)
         if stop or step % cfg.save_every == 0 and step < steps:
-            model = {name: p.detach() for name, p in fit.items()}
-            save_state(run, job=job, step=step, model=model, optimizer=optimizer.state_dict(), done=state["done"],
+            save_state(run, job=job, step=step, **get_state(cfg, net, optimizer), done=state["done"],
                        seconds=time.perf_counter() - run.began)
         if stop:
             print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}" * (not run.rank))
             raise SystemExit(130)
+    return get_state(cfg, net, optimizer)["model"]
 
 
 @torch.no_grad()
@@ -1126,21 +1316,40 @@ def job(cfg, run, state, name, net, *training):
     path = run.out / f"{name.replace(' ', '-')}.safetensors"
     if name in state["done"]:
         try:
-            net.load_state_dict(load_file(path))
+            net.load_state_dict(net.state_dict() | load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
             fail(f"{path}: {str(error).splitlines()[0]}: remove {run.out} and start again")
         return
-    train(cfg, run, name, net, *training, state)
+    learned = train(cfg, run, name, net, *training, state)
     state["done"].append(name)
     if not run.rank:
-        replace_file(path, export(net))
+        replace_file(path, export(SimpleNamespace(state_dict=lambda: learned)))
     save_state(run, done=state["done"], seconds=time.perf_counter() - run.began)
+
+
+def train_arm(cfg, run, state, arm, vision, lm, batches):
+    """Stage 1: reducer and projector, captions; stage 2: all but the encoder, questions. batches(cfg, job, net) gives
+    the function from a step to this rank's batch."""
+    def fresh():
+        torch.manual_seed(cfg.seed)
+        return Network(cfg, arm, vision, copy.deepcopy(lm)).to(run.device)
+
+    net, first = fresh(), replace(cfg, batch_size=cfg.align_batch or cfg.batch_size)
+    if net.m and state.get("job") != arm and arm not in state["done"]:
+        for _ in range(1 + cfg.fsdp):  # what FSDP spread stays frozen: a new network then loads what stage 1 has saved
+            net = fresh()
+            net.lm.requires_grad_(False)
+            job(first, run, state, f"{arm} align", net, batches(first, f"{arm} align", net), cfg.align_steps,
+                cfg.align_lr)
+        net.lm.requires_grad_(True)
+    job(cfg, run, state, arm, net, batches(cfg, arm, net), cfg.steps, cfg.lr)
+    return net
 
 
 def train_all(cfg, run, state, data, test):
     """The encoder, the language model, every arm: vision, {arm: network}; data and test get the kept streams."""
-    def batches(name, net):
-        return functools.partial(make_batch, cfg, name, net, data)
+    def batches(cfg, name, net):
+        return lambda step: {k: x[run.rank :: run.world] for k, x in make_batch(cfg, name, net, data, step).items()}
 
     torch.manual_seed(cfg.seed)
     vision = tiny_vision(cfg).to(run.device)
@@ -1149,23 +1358,45 @@ def train_all(cfg, run, state, data, test):
         ledger(cfg, run, vision, lm)
     torch.manual_seed(cfg.seed)
     captioner = Captioner(vision).to(run.device)
-    job(cfg, run, state, "encoder", captioner, batches("encoder", None), cfg.encoder_steps, cfg.encoder_lr)
+    job(cfg, run, state, "encoder", captioner, batches(cfg, "encoder", None), cfg.encoder_steps, cfg.encoder_lr)
     vision.requires_grad_(False)
     names = ["out", "kept", "attention", "objects"] + ["enter"] * ("vistog-joint" in cfg.arms)
     for scenes, part in ((data, ("train", cfg.seed)), (test, (cfg.held_out,))):
         scenes |= keep(vision, {k: scenes[k] for k in SCENE}, generator_of("pixels", *part), names)
     blind = Network(cfg, "blind", vision, lm).to(run.device)
-    job(cfg, run, state, "lm", blind, batches("lm", blind), cfg.lm_steps, cfg.encoder_lr)
-    nets = {}
-    for arm in cfg.arms.split(","):
-        torch.manual_seed(cfg.seed)
-        net = nets[arm] = Network(cfg, arm, vision, copy.deepcopy(blind.lm)).to(run.device)
-        if net.m and state.get("job") != arm and arm not in state["done"]:
-            net.lm.requires_grad_(False)
-            job(cfg, run, state, f"{arm} align", net, batches(f"{arm} align", net), cfg.align_steps, cfg.align_lr)
-            net.lm.requires_grad_(True)
-        job(cfg, run, state, arm, net, batches(arm, net), cfg.steps, cfg.lr)
+    job(cfg, run, state, "lm", blind, batches(cfg, "lm", blind), cfg.lm_steps, cfg.encoder_lr)
+    nets = {arm: train_arm(cfg, run, state, arm, vision, blind.lm, batches) for arm in cfg.arms.split(",")}
     return vision, nets
+
+
+def train_llava(cfg, run, state):
+    """Every arm on real data, then its answers to the questions of test_data: {"arm/measure": x}, None on other ranks.
+    All start from the same checkpoints; an arm's network is loaded again for its answers."""
+    vision, lm, words = load_clip(cfg.vision).to(run.device), load_lm(cfg.model), load_tokenizer(fetch_model(cfg.model))
+    if cfg.n_sem > vision.n_patch or cfg.seq_len < vision.n_patch + 32:
+        fail(f"--n-sem {cfg.n_sem}, --seq-len {cfg.seq_len}: an image has {vision.n_patch} patches, which must fit")
+    data, test = read_llava(cfg.data, cfg.images), read_pope(cfg.test_data, cfg.test_images or cfg.images)
+    align = read_llava(cfg.align_data, cfg.images) if cfg.align_data else data
+    align = [record for record in align if record["image"]] or fail("stage 1 needs a dialogue about an image")
+
+    def batches(cfg, name, net):
+        return functools.partial(real_batch, cfg, run, words, name, net, align if name.endswith("align") else data)
+
+    if not run.rank:
+        estimate(cfg, {arm: Network(cfg, arm, vision, lm) for arm in cfg.arms.split(",")}, 64)
+    for arm in cfg.arms.split(","):
+        train_arm(cfg, run, state, arm, vision, lm, batches)
+    metrics = {}
+    for arm in cfg.arms.split(",") if not run.rank else ():
+        net = Network(cfg, arm, vision, copy.deepcopy(lm)).to(run.device)
+        job(cfg, run, state, arm, net)
+        scores = pope_scores(spoken(cfg, run, words, net, test), [record["label"] for record in test])
+        metrics |= {f"{arm}/{name}": x for name, x in scores.items()}
+        metrics[f"{arm}/gflops"] = sum(work(net, 64).values()) / 1e9
+    if "full/f1" in metrics:
+        metrics |= {f"{arm}/retained": metrics[f"{arm}/f1"] / max(1e-9, metrics["full/f1"])
+                    for arm in cfg.arms.split(",")}
+    return metrics
 
 
 # ---------------------------------------------------------------- 7. Plumbing (shared blocks, then this file's own)
@@ -1400,6 +1631,100 @@ def accumulate(net, batch, micro_batch, loss_sum):
 # --- end block ---
 
 
+# --- block: pretrained ---
+def download(hub, url, path, entry):
+    """One file, going on where a former transfer was cut. Size and SHA-256 (small files: git blob id) must fit."""
+    have, size, lfs = path.stat().st_size if path.exists() else 0, entry["size"], entry.get("lfs")
+    if have < size:
+        got = hub.get(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"}, stream=True, timeout=60)
+        with open(path, "ab" if got.status_code == 206 else "wb") as file:
+            file.writelines(tqdm(got.iter_content(2**16), path.name, (size - have) >> 16, unit="x64KB", disable=None))
+    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size)
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, lambda: digest)
+    if digest.hexdigest() != (lfs or entry)["oid"]:
+        path.unlink()
+        fail(f"{url}: size or hash is not what the hub says; the file is deleted, run again")
+
+
+def fetch_model(name, offline=False):
+    """A directory, or a hub's org/name[@commit] from the cache (default: the first call's newest; not in parallel)."""
+    if Path(name).is_dir():
+        return Path(name)
+    repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
+    folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
+    if (folder / "commit").exists() or offline:
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+    hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
+    if os.getenv("HF_TOKEN") and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
+        hub.headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()  # dropped on the way to another host
+    try:
+        commit = hub.get(f"{url}/api/models/{repo[1]}/revision/{(repo[2] or '@main')[1:]}", timeout=60).json()["sha"]
+        entries = {e["path"]: e for e in hub.get(f"{url}/api/models/{repo[1]}/tree/{commit}", timeout=60).json()}
+        more = re.compile(r"tokenizer_config\.json|model(-\d+-of-\d+)?\.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ["config.json", "tokenizer.json", *filter(more.fullmatch, entries)]:
+            download(hub, f"{url}/{repo[1]}/resolve/{commit}/{file}", folder / file, entries[file])
+    except (OSError, LookupError, TypeError) as error:  # OSError: all that requests raises
+        fail(f"{name}: {error!r} (401, 403: HF_TOKEN needs access; 404, KeyError: not there; else run again to go on)")
+    replace_file(folder / "commit", commit.encode())
+    return folder
+
+
+def load_weights(folder):
+    """{name: tensor} of model.safetensors or of its shards; these are known by their names, no index is followed."""
+    paths = sorted(folder.glob("model*.safetensors")) or fail(f"{folder}: no model.safetensors and no shards of it")
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def load_tokenizer(folder):
+    """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
+    tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
+    token comes about in one way, so the ids are equal (tested). Bytes that have no token are dropped."""
+    try:
+        files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.glob("tokenizer*.json")}
+        data, config = files["tokenizer.json"], files.get("tokenizer_config.json", {})
+        model, steps = data["model"], data["pre_tokenizer"].get("pretokenizers", [data["pre_tokenizer"]])
+        kind = " ".join(str(v) for step in steps for k, v in step.items() if k not in ("pattern", "trim_offsets"))
+        words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+        split = {"ByteLevel False": words, "Digits True ByteLevel False": r"\p{N}|\s+(?=\p{N})|" + words,
+                 "Split Isolated False ByteLevel False False": steps[0].get("pattern", {}).get("Regex")}
+        normal = {"None": str, "{'type': 'NFC'}": lambda s: unicodedata.normalize("NFC", s)}[str(data["normalizer"])]
+        special = {token["content"]: token["id"] for token in data["added_tokens"]}
+        plain = [b for b in range(256) if chr(b).isprintable() and b != 32]  # stand for themselves
+        byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*plain}))}
+        merged = ["".join(pair).replace(" ", "") for pair in model["merges"]]
+        whole = [token for token in model["vocab"] if model.get("ignore_merges") and token not in special]
+        tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
+        ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
+        bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
+    ids = [model["vocab"].get(token, -1) for token in tokens]
+    back = {i: rank for rank, i in enumerate(ids)}
+    preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
+
+    def encode(text):
+        return [ids[rank] for rank in bpe.encode_ordinary(normal(text)) if ids[rank] >= 0]
+
+    def chat(messages):
+        """Ids of [{"role", "content"}, ...] up to where the answer begins; control tokens only from the template."""
+        llama = "<|eot_id|>" in special or ("<|im_end|>" not in special and fail(f"{folder}: no known chat template"))
+        head = "<|start_header_id|>{0}<|end_header_id|>\n\n" if llama else "<|im_start|>{0}\n"
+        turn = head + ("{1}<|eot_id|>" if llama else "{1}<|im_end|>\n")
+        turns = [(turn, m["role"], m["content"].strip() if llama else m["content"]) for m in messages]
+        if llama or (preset and messages[0]["role"] != "system"):
+            turns.insert(0, ("<|begin_of_text|>",) if llama else (turn, "system", preset[1]))
+        turns.append((head, "assistant"))
+        parts = [(part, fills) for form, *fills in turns for part in re.split(r"(<\|\w+\|>)", form)]
+        return sum(([special[p]] if p in special else encode(p.format(*fills)) for p, fills in parts), [])
+
+    return SimpleNamespace(encode=encode, decode=lambda ids: bpe.decode([back[i] for i in ids if i in back]), chat=chat,
+                           special=special, **{k: special.get(str(config.get(k + "_token"))) for k in ("bos", "eos")})
+# --- end block ---
+
+
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1576,6 +1901,20 @@ def plot_groups(path, scenes, groups):
     figure.savefig(path, dpi=110)
 
 
+def load_lm(name):
+    """The language model of a checkpoint, in fp32 on the CPU."""
+    folder = fetch_model(name)
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            lm = CheckpointLM(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
+        lm.load_state_dict({k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}, assign=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        fail(f"--model {folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+    return lm
+
+
 def load_clip(folder):
     """CLIP's image encoder up to the last layer but one, from config.json and safetensors in a directory."""
     try:
@@ -1585,40 +1924,73 @@ def load_clip(folder):
             raise ValueError("hidden_act must be quick_gelu")
         with torch.device("meta"):
             vision = Vision(config | dict(num_hidden_layers=config["num_hidden_layers"] - 1))
-        tensors = {k: v for path in sorted(Path(folder).glob("model*.safetensors")) for k, v in load_file(path).items()}
-        tensors = {re.sub(r"^(vision_model\.)?(embeddings\.|encoder\.)?", "", k): v.float() for k, v in tensors.items()}
+        start, tensors = r"^(vision_model\.)?(embeddings\.|encoder\.)?", load_weights(Path(folder))
+        tensors = {re.sub(start, "", k): v.float() for k, v in tensors.items()}
         vision.load_state_dict({k: tensors[k] for k in vision.state_dict()}, assign=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{folder}: no CLIP image encoder there: {str(error).splitlines()[0]}")
     return vision.requires_grad_(False)
 
 
-def dry_run(cfg):
-    """What a run takes, without allocating a network; the paper's is CLIP ViT-L/14-336 and a LLaMA of 7B, on questions
-    of 64 words."""
-    paper, T = cfg.scale == "paper", 64 if cfg.scale == "paper" else 18
-    shape = dict(hidden_size=1024, image_size=336, patch_size=14, num_attention_heads=16, intermediate_size=4096,
-                 num_hidden_layers=23, layer_norm_eps=1e-5)
-    with torch.device("meta"):
-        vision = Vision(shape) if paper else tiny_vision(cfg)
-        lm = LanguageModel(32000 if paper else len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
-        nets = {arm: Network(cfg, arm, vision, lm) for arm in cfg.arms.split(",")}
+def shard(run, net):
+    """Spread a network over the ranks: each holds a part of every layer, and gathers the rest when it is used."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(run.dtype, torch.float32) if run.dtype != torch.float32 else MixedPrecisionPolicy()
+    mesh = dist.device_mesh.init_device_mesh(run.device.type, (run.world,))
+    for part in [*net.lm.layers, net]:
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def get_state(cfg, net, optimizer):
+    """What is learned and the optimizer's state; where they are spread, whole and by name on rank 0's CPU."""
+    if not cfg.fsdp:
+        model = {name: p.detach() for name, p in net.named_parameters() if p.requires_grad}
+        return dict(model=model, optimizer=optimizer.state_dict())
+    from torch.distributed.checkpoint import state_dict as whole
+
+    options = whole.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return dict(model=whole.get_model_state_dict(net, options=options),
+                optimizer=whole.get_optimizer_state_dict(net, optimizer, options=options))
+
+
+def put_state(cfg, net, optimizer, state):
+    if not cfg.fsdp:
+        net.load_state_dict(state["model"], strict=False)
+        return optimizer.load_state_dict(state["optimizer"])
+    from torch.distributed.checkpoint import state_dict as whole
+
+    whole.set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                         options=whole.StateDictOptions(full_state_dict=True, strict=False))
+
+
+def estimate(cfg, nets, words):
+    """What training takes, with as many words behind an image."""
+    first, last = cfg.align_steps * (cfg.align_batch or cfg.batch_size), cfg.steps * cfg.batch_size
     for arm, net in nets.items():
-        n, parts = sum(p.numel() for p in net.parameters()), work(net, T)
-        images, rows = cfg.batch_size * (cfg.align_steps + cfg.steps), cfg.micro_batch or cfg.batch_size
+        n, parts, images = sum(p.numel() for p in net.parameters()), work(net, words), first * (net.m > 0) + last
+        rows, (D, layers) = cfg.micro_batch or cfg.batch_size, (net.lm.embed_tokens.weight.shape[1], len(net.lm.layers))
         flops = images * (parts["encoder"] + 3 * parts["reducer"] + 3 * parts["reader"])
-        memory = (16 * n + rows * (net.m + T) * cfg.n_layer * 34 * cfg.n_embd) / 2**30
-        print(f"{arm}: {n:,} parameters learned, {images * (net.m + T):.2e} tokens, {flops:.2e} FLOPs, "
+        memory = (16 * n + rows * (net.m + words) * layers * 34 * D) / 2**30
+        print(f"{arm}: {n:,} parameters learned, {images * (net.m + words):.2e} tokens, {flops:.2e} FLOPs, "
               f"{memory:.2f} GiB over all devices, {flops / 200e12 / 3600:.2f} hours on one H100")
-    print(f"assumed: AdamW in fp32, {T} words, 34 bytes a layer, place and channel, 200 TFLOP/s, no evaluation")
+    print(f"assumed: AdamW in fp32, {words} words, 34 bytes a layer, place and channel, 200 TFLOP/s, no evaluation")
+
+
+def dry_run(cfg):
+    """What a run takes, without allocating a network; llava's is CLIP ViT-L/14-336 and a Llama of 7B."""
+    real = cfg.task == "llava"
+    with torch.device("meta"):
+        vision = Vision(CLIP_336) if real else tiny_vision(cfg)
+        lm = CheckpointLM(read_shape(LLAMA_7B)) if real else LanguageModel(len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
+        estimate(cfg, {arm: Network(cfg, arm, vision, lm) for arm in cfg.arms.split(",")}, 64 if real else 18)
 
 
 # ---------------------------------------------------------------- 8. Main
-def print_table(metrics):
+def print_table(metrics, *columns):
     """A row for each arm, a column for each measure; empty where an arm has none."""
-    columns = [*CATEGORIES, "mean", "retained", "adjusted", "gflops", "answers_per_s", "prefills_per_s", "perplexity"]
     print(f"{'':14}" + "".join(f"{name[:11]:>12}" for name in columns))
-    for arm in dict.fromkeys(key.split("/")[0] for key in metrics if key.endswith("/mean")):
+    for arm in dict.fromkeys(key.split("/")[0] for key in metrics if key.endswith(("/mean", "/f1"))):
         cells = (metrics.get(f"{arm}/{name}") for name in columns)
         print(f"{arm:14}" + "".join(" " * 12 if x is None else f"{x:12.3f}" for x in cells))
 
@@ -1634,9 +2006,17 @@ def main(argv=None):
     run = start_run(cfg, "vistog")
     state = dict(done=[]) | load_state(run)
     run.began = time.perf_counter() - state.get("seconds", 0.0)
-    if cfg.bench:
-        metrics, found = bench(cfg, run)
-        record = dict(tried=dict.fromkeys(cfg.arms.split(","), 1), metrics=metrics, data_sha256="")
+    if cfg.fsdp and run.world < 2 or cfg.batch_size % run.world or cfg.align_batch % run.world:
+        fail(f"{run.world} processes: --fsdp needs torchrun and two or more; they must divide --batch-size, --align-batch")
+    if cfg.task != "scenes":
+        metrics, found = bench(cfg, run) if cfg.bench else (train_llava(cfg, run, state), {})
+        if run.rank:
+            return
+        if not cfg.bench:
+            print_table(metrics, *"accuracy precision recall f1 yes_ratio retained gflops".split())
+        files = [Path(path) for path in (cfg.data, cfg.align_data, cfg.test_data) if path]
+        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        record = dict(tried=dict.fromkeys(cfg.arms.split(","), 1), metrics=metrics, data_sha256=digest)
         record |= dict(minutes=(time.perf_counter() - run.began) / 60)
         return report(cfg, run, "vistog", argv, found, CLAIMS, **record)
     halves = [digits and tuple(x[i::2] for x in digits) for i in (0, 1)]  # other digits in the test
@@ -1654,7 +2034,8 @@ def main(argv=None):
     for arm, (answers, prefills) in speeds(nets, test).items():
         metrics |= {f"{arm}/answers_per_s": answers, f"{arm}/prefills_per_s": prefills}
         metrics[f"{arm}/gflops"] = sum(work(nets[arm], 3).values()) / 1e9
-    print_table(metrics)
+    print_table(metrics, *CATEGORIES, "mean", "retained", "adjusted", "gflops", "answers_per_s", "prefills_per_s",
+                "perplexity")
     print("right answers of a linear map at each patch:", ", ".join(f"{k} {x:.2f}" for k, x in certified.items()))
     if groups is not None:
         plot_groups(run.out / "plot.png", test, groups)
