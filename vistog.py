@@ -157,22 +157,22 @@ class Config:
         arms, world = self.arms.split(","), self.task == "scenes"
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
             fail(f"--arms {self.arms}: a comma list of names out of {', '.join(ARMS)}")
-        zeros = dict.fromkeys("seed align_batch micro_batch encoder_lr align_lr lr weight_decay grad_clip eps tau".split(), 0)
+        zeros = "seed align_batch micro_batch encoder_lr align_lr lr weight_decay grad_clip eps tau".split()
         for name, value in vars(self).items():
-            low = zeros.get(name, 1)
+            low = int(name not in zeros)
             if not isinstance(value, (str, bool)) and not low <= value < math.inf:
                 fail(f"--{name.replace('_', '-')} {value}: must be at least {low} and finite")
         if math.isqrt(self.n_sem) ** 2 != self.n_sem or world and self.n_sem > 81:
             fail(f"--n-sem {self.n_sem}: must be a square number, at most 81, for avgpool: 4, 9, 16, 25, 36")
         if "vistog-oracle" in arms and (self.n_sem <= MOST or not world):
-            fail(f"--n-sem {self.n_sem}: vistog-oracle needs one for each object of a scene and one for the rest, 9 or more")
+            fail(f"--n-sem {self.n_sem}: vistog-oracle needs one for each object of a scene and one for the rest: 9")
         if self.tau == 0 or self.eps == 0:
             fail(f"--tau {self.tau}, --eps {self.eps}: must be above 0")
         if self.vit_embd % (4 * self.n_head) or self.n_embd % (2 * self.n_head):
             fail(f"--n-head {self.n_head}: --vit-embd must be a multiple of 4 times, --n-embd of 2 times as much")
         for name in "vision model data images test_data".split() if self.task == "llava" and not self.dry_run else ():
             if not getattr(self, name):
-                fail(f"--task llava needs --{name.replace('_', '-')}, see -h (or --dry-run, what it would take)")
+                fail(f"--task llava, --scale paper: need --{name.replace('_', '-')}, see -h, or --dry-run alone")
         if world and (self.scale == "paper" or self.fsdp):
             fail("--scale paper and --fsdp are for --task llava: the generated world has a small language model")
 
@@ -185,7 +185,7 @@ SCALES = {
                   lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2, rounds=1),
     "small": {},
     "long": dict(n_train=20_000, encoder_steps=6000, lm_steps=6000, align_steps=500, steps=5000),
-    "paper": dict(task="llava", batch_size=128, align_batch=256, micro_batch=2, align_steps=2180, steps=5198, **LLAVA),
+    "paper": dict(LLAVA, task="llava", batch_size=128, align_batch=256, micro_batch=2, align_steps=2180, steps=5198),
     "smoke:llava": dict(LLAVA, n_sem=4),
     "small:llava": LLAVA,
     "long:llava": LLAVA,
@@ -385,53 +385,41 @@ def questions(scenes, generator, test=False):
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's, behind a question of POPE
 
 
-def image_file(folder, name, where):
-    """The path of an image that a data file names, inside of the folder."""
-    if not isinstance(name, str) or not re.fullmatch(r"[\w. -]+(/[\w. -]+)*", name) or ".." in name.split("/"):
-        fail(f"{where}: image: must be the path of a file in the directory of images, not {str(name)[:80]!r}")
-    path = Path(folder, name)
-    return path if path.is_file() else fail(f"{where}: image: there is no {path}")
+def llava_turns(item):
+    """Turns of a dialogue. <image> goes ahead of the first question, where LLaVA's code moves it."""
+    said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in item["conversations"]]
+    kinds, words = zip(*said[said[0][0] == "gpt" :])  # LLaVA's code leaves out an answer without a question as well
+    assert kinds == ("human", "gpt") * (len(kinds) // 2) and all(words[1::2])
+    return dict(turns=list(zip(words[::2], words[1::2])))
 
 
-def read_llava(path, folder):
-    """Records of a JSON file of dialogues. <image> goes ahead of the first question, where LLaVA's code moves it."""
+def pope_turns(item):
+    text = item["text"].replace("<image>", "").strip()
+    assert item["label"] in ("yes", "no") and item["image"]
+    return dict(turns=[(text if text.endswith(SHORT) else f"{text}\n{SHORT}", None)], label=item["label"])
+
+
+def read_records(path, folder, turns):
+    """Records of a JSON list, or of a JSON object a line. The paths of images must stay inside the folder."""
     try:
-        items = json.loads(Path(path).read_text("utf-8"))
-        assert isinstance(items, list) and items, "a list with a dialogue or more is wanted"
-    except (OSError, ValueError, AssertionError) as error:
+        text = Path(path).read_text("utf-8")
+        items = json.loads(text) if text.startswith("[") else text.splitlines()
+    except (OSError, ValueError) as error:
         fail(f"{path}: {error}")
     records = []
-    for i, item in enumerate(items):
-        where = f"{path}, item {i}"
+    for i, item in enumerate(items, 1):
         try:
-            said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in item["conversations"]]
-            said = said[said[0][0] == "gpt" :]  # LLaVA's code leaves out an answer without a question as well
-            kinds, words = zip(*said)
-            assert kinds == ("human", "gpt") * (len(kinds) // 2) and all(words[1::2])
+            item = json.loads(item) if isinstance(item, str) else item
+            record, name = turns(item), item.get("image")
         except (LookupError, TypeError, AttributeError, ValueError, AssertionError):
-            fail(f"{where}: conversations: must be a list of from, human and gpt in turn, and value, a text")
-        image = image_file(folder, item["image"], where) if "image" in item else None
-        records.append(dict(image=image, turns=list(zip(words[::2], words[1::2]))))
-    return records
-
-
-def read_pope(path, folder):
-    """Records of a JSONL file of questions whose label is yes or no."""
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        fail(f"--test-data {path}: {error}")
-    records = []
-    for i, line in enumerate(lines, 1):
-        try:
-            item = json.loads(line)
-            image, text, label = item["image"], item["text"].replace("<image>", "").strip(), item["label"]
-            assert label in ("yes", "no")
-        except (LookupError, TypeError, AttributeError, ValueError, AssertionError):
-            fail(f"--test-data {path}, line {i}: must be an object with image, text and label, which is yes or no")
-        text = text if text.endswith(SHORT) else f"{text}\n{SHORT}"
-        records.append(dict(image=image_file(folder, image, f"{path}, line {i}"), turns=[(text, None)], label=label))
-    return records or fail(f"--test-data {path}: no question in it")
+            wanted = dict(llava_turns='"conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}, ...]',
+                          pope_turns='"image": path, "text": text, "label": "yes" or "no"')[turns.__name__]
+            fail(f"{path}, item {i}: must be {{{wanted}}}, without empty answers")
+        if name and (not re.fullmatch(r"[\w. -]+(/[\w. -]+)*", str(name)) or ".." in str(name).split("/")
+                     or not Path(folder, str(name)).is_file()):
+            fail(f"{path}, item {i}: image {str(name)[:80]!r}: must be the path of a file in the directory {folder}")
+        records.append(record | dict(image=Path(folder, name) if name else None))
+    return records or fail(f"{path}: there is nothing in it")
 
 
 def read_image(path, side):
@@ -500,17 +488,14 @@ class SmallLayer(nn.Module):
         cos, sin, (left, right) = angle.cos().to(x), angle.sin().to(x), x.chunk(2, -1)
         return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
 
-    def forward(self, x, position, mask=None, cache=None):
-        """x (B, L, D), mask (B, 1, L, L) or None for a causal one. cache: keys and values (2, B, H, L', hd) of what
-        is ahead of a single token. Returns the new x, and keys and values of all."""
+    def forward(self, x, position, mask=None):
+        """x (B, L, D), mask (B, 1, L, L) or None for a causal one."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, hd)
-        seen = torch.stack([self.rotate(k, position), v])
-        seen = seen if cache is None else torch.cat([cache, seen], 3)
-        causal = mask is None and cache is None
-        a = F.scaled_dot_product_attention(self.rotate(q, position), *seen, mask, is_causal=causal)
+        q, k = self.rotate(q, position), self.rotate(k, position)
+        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         x = x + self.proj(a.transpose(1, 2).flatten(2))
         y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y)), seen
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
 
 class LanguageModel(nn.Module):
@@ -524,13 +509,11 @@ class LanguageModel(nn.Module):
             if p.ndim == 2:
                 nn.init.normal_(p, 0, 0.5 / math.sqrt(p.shape[1]))
 
-    def forward(self, x, position, mask=None, caches=None):
-        """Embeddings x (B, L, D) of words and images, see Layer, to outputs (B, L, D) and a cache for each layer."""
-        kept = []
-        for i, layer in enumerate(self.layers):
-            x, seen = layer(x, position, mask, None if caches is None else caches[i])
-            kept.append(seen)
-        return self.norm(x), kept
+    def forward(self, x, position, mask=None):
+        """Embeddings x (B, L, D) of words and images, see SmallLayer, to outputs (B, L, D)."""
+        for layer in self.layers:
+            x = layer(x, position, mask)
+        return self.norm(x)
 
     def head(self, x):
         return F.linear(x, self.embed_tokens.weight)
@@ -668,15 +651,14 @@ class CheckpointLM(Decoder):
         turn = self.turn(position)
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, mask, None if cache is None else cache[i], start)
-        return x, cache
+        return x
 
 
 @torch.no_grad()
 def next_word(lm, x, cache, start=0):
     """The most likely word (B, 1) behind embeddings x (B, L, D), which go on behind `start` places of the cache."""
     position = torch.arange(start, start + x.shape[1], device=x.device).expand(len(x), -1)
-    x, _ = lm(x, position, cache=cache, start=start)
-    return lm.head(x[:, -1:]).argmax(-1)
+    return lm.head(lm(x, position, cache=cache, start=start)[:, -1:]).argmax(-1)
 
 
 @torch.no_grad()
@@ -969,7 +951,7 @@ class Network(nn.Module):
             group, place = part["group"], torch.arange(ids.shape[1], device=ids.device)
             mask = (group[:, None] == 0) | (group[:, None] == group[:, :, None])  # (B, L, L)
             mask = (mask & (place <= place[:, None]))[:, None]
-        return self.lm.head(self.lm(x, part["position"], mask)[0][part["label"] >= 0])
+        return self.lm.head(self.lm(x, part["position"], mask)[part["label"] >= 0])
 
     def forward(self, part, free="", m=0):
         return self.read(part, self.visual(part, free, m) if self.m else None)
@@ -1047,16 +1029,16 @@ def certificate(vision, digits=None):
 def spoken(cfg, run, words, net, records):
     """The answers in words to questions about images, greedy; questions of the same length are answered together."""
     prompts, said, size = [dialogue(words, r, net.m)[0] for r in records], {}, cfg.micro_batch or cfg.batch_size
-    net.eval()
-    for _, same in itertools.groupby(sorted(range(len(records)), key=lambda i: len(prompts[i])),
-                                     key=lambda i: len(prompts[i])):
-        same = list(same)
-        for at in (same[i : i + size] for i in range(0, len(same), size)):
-            ids = torch.tensor([prompts[i] for i in at], device=run.device)
-            with half(run):
-                visual = net.visual(dict(pixels=pixels_of(net, [records[i] for i in at]).to(run.device))) if net.m else None
-                answers = greedy(net.lm, net.embed(ids, visual), NEW, end_of(words))
-            said |= {i: words.decode(answer) for i, answer in zip(at, answers)}
+    by_length = {}
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for at in [same[i : i + size] for same in by_length.values() for i in range(0, len(same), size)]:
+        ids, part = torch.tensor([prompts[i] for i in at], device=run.device), {}
+        if net.eval().m:
+            part = dict(pixels=pixels_of(net, [records[i] for i in at]).to(run.device))
+        with half(run):
+            answers = greedy(net.lm, net.embed(ids, net.visual(part) if part else None), NEW, end_of(words))
+        said |= {i: words.decode(answer) for i, answer in zip(at, answers)}
     return [said[i] for i in range(len(records))]
 
 
@@ -1225,7 +1207,7 @@ def make_batch(cfg, job, net, data, step):
 
 
 def pixels_of(net, records):
-    """Pixels (B, 3, H, W) of records; a black image where there is none, which no word sees."""
+    """Pixels (B, 3, H, W) of records; black where there is no image, which nothing reads."""
     side = net.vision[0].shape["image_size"]
     return torch.stack([read_image(r["image"], side) if r["image"] else torch.zeros(3, side, side) for r in records])
 
@@ -1244,8 +1226,8 @@ def real_batch(cfg, run, words, job, net, records, step):
     if net.m:
         part["pixels"] = pixels_of(net, mine)
     if net.kind == "vistog":
-        noise = gumbel_noise((cfg.batch_size, net.m, net.vision[0].n_patch), generator_of("noise", cfg.seed, align, step))
-        part["noise"] = noise[run.rank :: run.world]
+        shape, generator = (cfg.batch_size, net.m, net.vision[0].n_patch), generator_of("noise", cfg.seed, align, step)
+        part["noise"] = gumbel_noise(shape, generator)[run.rank :: run.world]
     return part
 
 
@@ -1375,8 +1357,9 @@ def train_llava(cfg, run, state):
     vision, lm, words = load_clip(cfg.vision).to(run.device), load_lm(cfg.model), load_tokenizer(fetch_model(cfg.model))
     if cfg.n_sem > vision.n_patch or cfg.seq_len < vision.n_patch + 32:
         fail(f"--n-sem {cfg.n_sem}, --seq-len {cfg.seq_len}: an image has {vision.n_patch} patches, which must fit")
-    data, test = read_llava(cfg.data, cfg.images), read_pope(cfg.test_data, cfg.test_images or cfg.images)
-    align = read_llava(cfg.align_data, cfg.images) if cfg.align_data else data
+    data = read_records(cfg.data, cfg.images, llava_turns)
+    align = read_records(cfg.align_data, cfg.images, llava_turns) if cfg.align_data else data
+    test = read_records(cfg.test_data, cfg.test_images or cfg.images, pope_turns)
     align = [record for record in align if record["image"]] or fail("stage 1 needs a dialogue about an image")
 
     def batches(cfg, name, net):
@@ -1805,6 +1788,7 @@ def random_weights(module, run):
 
 
 def clock(device):
+    """Milliseconds, when all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return 1e3 * time.perf_counter()
@@ -1813,35 +1797,31 @@ def clock(device):
 @torch.no_grad()
 def timed_answer(net, pixels):
     """Milliseconds of the PARTS of an answer of NEW words to WORDS words behind an image, greedy."""
-    times, lm = [clock(pixels.device)], net.lm
+    times, lm, s = [clock(pixels.device)], net.lm, net.lm.shape
     stream = net.stream(pixels)
     times.append(clock(pixels.device))
     visual = net.visual(stream)  # reducer and projector
     times.append(clock(pixels.device))
     text = torch.zeros(len(pixels), WORDS, dtype=torch.long, device=pixels.device)
-    x, s = torch.cat([visual, lm.embed_tokens(text)], 1), lm.shape  # (B, M + WORDS, D)
+    x = torch.cat([visual, lm.embed_tokens(text)], 1)  # (B, M + WORDS, D)
     cache = x.new_zeros(s.n_layer, 2, len(x), s.n_kv, x.shape[1] + NEW, s.head_dim)
     word = next_word(lm, x, cache)
     times.append(clock(pixels.device))
     for i in range(NEW):
         word = next_word(lm, lm.embed_tokens(word), cache, x.shape[1] + i)
-    times.append(clock(pixels.device))
-    return np.diff(times)
+    return np.diff([*times, clock(pixels.device)])
 
 
 def timed_steps(net, pixels):
     """Milliseconds of forward and backward of the semantic tokens: the image's stream kept, computed, and masked."""
     vision, semantic, times = net.vision[0], net.reduce.semantic, []
-    with torch.no_grad():
-        kept = vision.streams(pixels)["kept"]
-    for form in ("kept", "computed", "masked"):
+    kept = vision.streams(pixels)["kept"]
+    forms = (lambda s: semantic_stream(vision, s, kept),
+             lambda s: semantic_stream(vision, s, vision.streams(pixels)["kept"]),
+             lambda s: joint_stream(vision, vision.enter(pixels), s)[1])
+    for form in forms:
         began = clock(pixels.device)
-        s = vision.pre_layrnorm(semantic).expand(len(pixels), -1, -1)  # (B, M, d)
-        if form == "computed":
-            with torch.no_grad():
-                kept = vision.streams(pixels)["kept"]
-        s = joint_stream(vision, vision.enter(pixels), s)[1] if form == "masked" else semantic_stream(vision, s, kept)
-        s.square().mean().backward()
+        form(vision.pre_layrnorm(semantic).expand(len(pixels), -1, -1)).square().mean().backward()
         times.append(clock(pixels.device) - began)
     return times
 
@@ -1882,7 +1862,8 @@ def bench(cfg, run):
     pixels = torch.rand(4, 3, 336, 336).to(run.device, run.dtype)
     steps = np.median([timed_steps(nets["vistog"], pixels) for _ in range(cfg.rounds + 2)][2:], 0)
     metrics |= {f"step/{form} ms": float(x) for form, x in zip(("kept", "computed", "masked"), steps)}
-    print("training step of the semantic tokens, 4 images: kept {:.1f} ms, computed {:.1f}, masked {:.1f}".format(*steps))
+    print("a training step of the semantic tokens of 4 images, ms: " + ", ".join(
+        f"image's stream {form} {x:.1f}" for form, x in zip(("kept", "computed", "masked"), steps)))
     return metrics, found
 
 
@@ -1981,8 +1962,8 @@ def dry_run(cfg):
     """What a run takes, without allocating a network; llava's is CLIP ViT-L/14-336 and a Llama of 7B."""
     real = cfg.task == "llava"
     with torch.device("meta"):
-        vision = Vision(CLIP_336) if real else tiny_vision(cfg)
-        lm = CheckpointLM(read_shape(LLAMA_7B)) if real else LanguageModel(len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
+        small = LanguageModel(len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
+        vision, lm = (Vision(CLIP_336), CheckpointLM(read_shape(LLAMA_7B))) if real else (tiny_vision(cfg), small)
         estimate(cfg, {arm: Network(cfg, arm, vision, lm) for arm in cfg.arms.split(",")}, 64 if real else 18)
 
 
@@ -2007,7 +1988,7 @@ def main(argv=None):
     state = dict(done=[]) | load_state(run)
     run.began = time.perf_counter() - state.get("seconds", 0.0)
     if cfg.fsdp and run.world < 2 or cfg.batch_size % run.world or cfg.align_batch % run.world:
-        fail(f"{run.world} processes: --fsdp needs torchrun and two or more; they must divide --batch-size, --align-batch")
+        fail(f"{run.world} processes: --fsdp needs torchrun and two; --batch-size, --align-batch must be multiples")
     if cfg.task != "scenes":
         metrics, found = bench(cfg, run) if cfg.bench else (train_llava(cfg, run, state), {})
         if run.rank:

@@ -20,7 +20,8 @@ from style import FUNCTIONS, depth, imported, outside_blocks
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 each_script = pytest.mark.parametrize("name", SCRIPTS)
-THIRD_PARTY = {"torch", "numpy", "tiktoken", "triton", "safetensors", "requests", "tqdm", "matplotlib"}
+THIRD_PARTY = {"torch", "numpy", "tiktoken", "triton", "safetensors", "requests", "tqdm", "matplotlib",
+               "PIL"}  # as the package pillow, which matplotlib brings
 SECTIONS = ["Config", "Data", "Model", "Method", "Evaluation and claims", "Training", "Plumbing", "Main"]
 PAPERS = "batchlaw vistog toolflow reversegen mdm flatquant gametheory rise convattn reviseval".split()
 TOP_LEVEL = {"README.md", "requirements.txt", "kernels", "tests", "results", ".ci", ".gitignore", "LICENSE",
@@ -104,7 +105,7 @@ def test_imports_are_allowed(name):
 def test_header_lists_exactly_the_imports(name):
     header = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source(name), re.M)[1]
     data = tomllib.loads("".join(line[2:] or "\n" for line in header.splitlines(keepends=True)))
-    listed = [re.match(r"[\w-]+", item)[0] for item in data["dependencies"]]
+    listed = [re.match(r"[\w-]+", item)[0].replace("pillow", "PIL") for item in data["dependencies"]]
     found = set().union(*map(imported, nodes(name, ast.Import, ast.ImportFrom))) & THIRD_PARTY - {"triton"}
     assert sorted(listed) == sorted(found) and "requires-python" in data
 

@@ -476,19 +476,6 @@ def test_story_is_read_by_its_questions():
 
 
 @torch.no_grad()
-def test_cached_decoding_is_the_whole_forward():
-    """T9: words one by one behind visual tokens, with caches, give the outputs of a full pass."""
-    _, _, net = parts()
-    x = torch.randn(2, 14, 16)
-    whole, _ = net.lm(x, torch.arange(14).expand(2, -1))
-    y, caches = net.lm(x[:, :11], torch.arange(11).expand(2, -1))
-    assert (y - whole[:, :11]).abs().max() < 1e-5
-    for i in range(11, 14):
-        y, caches = net.lm(x[:, i : i + 1], torch.tensor([[i], [i]]), caches=caches)
-        assert (y[:, 0] - whole[:, i]).abs().max() < 1e-5
-
-
-@torch.no_grad()
 def test_layer_of_the_language_model_against_a_loop():
     """RMSNorm, rotary pairs i and i + hd / 2, causal attention, SwiGLU: one token at a time in fp64."""
     torch.manual_seed(0)
@@ -516,8 +503,7 @@ def test_layer_of_the_language_model_against_a_loop():
     z = rms(y, layer.norm2.weight)
     gate = z @ layer.gate.weight.T
     wanted = y + (gate / (1 + torch.exp(-gate)) * (z @ layer.up.weight.T)) @ layer.down.weight.T
-    got, seen = layer(x, at[None])
-    assert torch.allclose(got[0], wanted, atol=1e-5) and seen.shape == (2, 1, 2, 4, 4)
+    assert torch.allclose(layer(x, at[None])[0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["full", "blind", "uniform", "qformer", "vistog"])
@@ -542,7 +528,7 @@ def test_counted_flops_are_the_closed_form(arm):
 # ---------------------------------------------------------------- --bench
 @torch.no_grad()
 def test_words_with_a_cache_are_those_of_the_whole_text():
-    """Greedy words behind visual tokens, one by one, with a decoder of few keys: those that full passes would give.
+    """T9: greedy words behind visual tokens, one by one, with a decoder of few keys: those that full passes would give.
     Bugs: a place that does not go on behind the cache, a head without the last norm."""
     torch.manual_seed(0)
     shape = m.LLAMA_7B | dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
@@ -554,7 +540,7 @@ def test_words_with_a_cache_are_those_of_the_whole_text():
     x, cache = torch.randn(3, 5, 16), torch.zeros(2, 2, 3, 2, 9, 4)
     word, whole, seen = m.next_word(lm, x, cache), x, []
     for i in range(4):
-        y, _ = lm(whole, torch.arange(5 + i).expand(3, -1))
+        y = lm(whole, torch.arange(5 + i).expand(3, -1))
         assert (word[:, 0] == lm.head(y)[:, -1].argmax(-1)).all() and word.shape == (3, 1)
         seen.append(word)
         whole = torch.cat([whole, lm.embed_tokens(word)], 1)
@@ -974,12 +960,12 @@ def test_directories_of_another_run(rejects, smoke, tmp_path):
     rejects(m.main, [*argv, "--out", tmp_path / "broken", "--resume", "--lr", "1", "--eps", "2"], "are: eps, lr")
 
 
-BAD = {"--colour red": "--colour -h", "--ste 5": "--ste", "--task real": "real scenes", "--scale huge": "huge smoke",
+BAD = {"--colour red": "--colour -h", "--ste 5": "--ste", "--task real": "real llava", "--scale huge": "huge smoke",
        "--steps x": "--steps", "--arms full,": "--arms", "--arms full,full": "--arms", "--arms x": "--arms vistog",
        "--seed -1": "--seed 0", "--steps 0": "--steps 1", "--n-sem 8": "--n-sem 9", "--n-sem 100": "--n-sem 81",
        "--tau 0": "--tau", "--n-sem 4 --arms vistog-oracle": "--n-sem 9", "--lr nan": "--lr",
        "--n-head 3": "--n-head", "--held-out train": "dev test",
-       "--scale paper": "--scale --dry-run", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
+       "--scale paper": "--vision --dry-run", "--kernels": "--kernels CUDA", "--device cuda": "--device cuda auto",
        "--eps inf": "--eps", "--eps 0": "above 0", "--digits": "--digits"}
 
 
@@ -1007,11 +993,11 @@ def test_kernel_and_script_agree(monkeypatch):
 
 
 def test_dry_run_prints_and_creates_nothing(tmp_path, monkeypatch, capsys):
-    """The paper's sizes on the meta device: a LLaMA of 32 layers of 26 D^2 / 2 weights, 64 tokens beside 576."""
+    """The paper's sizes on the meta device: a LLaMA of 7B, 64 tokens beside 576."""
     monkeypatch.chdir(tmp_path)
-    m.main(["--scale", "paper", "--dry-run"])
+    m.main(["--scale", "paper", "--dry-run", "--arms", "blind,full,vistog"])
     lines = {line.split(": ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    reader = 32 * (13 * 4096**2 + 2 * 4096) + 32000 * 4096 + 4096
+    reader = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096
     projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert f" {reader + projector:,} parameters" in lines["full"] and f" {reader:,} parameters" in lines["blind"]
     assert all(word in lines["vistog"] for word in ("tokens", "FLOPs", "GiB", "hours"))

@@ -4,6 +4,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -54,10 +55,12 @@ def checkpoints(folder):
     (lm / "config.json").write_text(json.dumps(LM))
     bytes_tokenizer(lm)
     weights = m.CheckpointLM(m.read_shape(LM)).state_dict()
-    save_file({k if k == "lm_head.weight" else "model." + k.replace("q_proj", "self_attn.q_proj").replace(
-        "k_proj", "self_attn.k_proj").replace("v_proj", "self_attn.v_proj").replace("o_proj", "self_attn.o_proj").replace(
-        "gate_", "mlp.gate_").replace("up_", "mlp.up_").replace("down_", "mlp.down_"): v for k, v in weights.items()},
-        lm / "model.safetensors")
+    names = {k: re.sub(r"((gate|up|down)_)", r"mlp.\1", re.sub(r"([qkvo]_proj)", r"self_attn.\1", k)) for k in weights}
+    save_file({"model." * (k != "lm_head.weight") + names[k]: v for k, v in weights.items()}, lm / "model.safetensors")
+
+
+def turns(*said):
+    return dict(conversations=[{"from": a, "value": b} for a, b in said])
 
 
 def data(folder, n=12):
@@ -67,11 +70,12 @@ def data(folder, n=12):
     for i in range(n):
         name, colour = f"sub/{i}.png", "red green".split()[i % 2]
         Image.new("RGB", (30 + i, 20), paint[colour]).save(folder / "images" / name)
-        said = [("human", "<image>\nWhich?"), ("gpt", colour), ("human", "Red?"), ("gpt", "yes" if i % 2 == 0 else "no")]
-        items.append(dict(id=str(i), image=name, conversations=[{"from": a, "value": b} for a, b in said]))
+        answer, text = "yes no".split()[i % 2], "Red?" if i < 8 else "Is it red?"
+        said = turns(("human", "<image>\nWhich?"), ("gpt", colour), ("human", "Red?"), ("gpt", answer))
+        items.append(dict(id=str(i), image=name) | said)
         if i % 4 == 3:
-            items.append(dict(id=f"t{i}", conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]))
-        asked.append(dict(question_id=i, image=name, text="Red?" if i < 8 else "Is it red?", label="yes" if i % 2 == 0 else "no"))
+            items.append(dict(id=f"t{i}") | turns(("human", "Hi"), ("gpt", "Ho")))
+        asked.append(dict(question_id=i, image=name, text=text, label=answer))
     (folder / "llava.json").write_text(json.dumps(items))
     (folder / "pope.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
 
@@ -96,7 +100,7 @@ def test_dialogue_by_its_text(here):
     """Bugs: a question, a system prompt or the next turn's head learned; the end of an answer not learned; visual
     tokens not ahead of the first question; a control token out of the data's text."""
     words = m.load_tokenizer(here / "lm")
-    record = m.read_llava("llava.json", "images")[1]
+    record = m.read_records("llava.json", "images", m.llava_turns)[1]
     ids, label = m.dialogue(words, record, 3)
     at = ids.index(m.IMAGE)
     assert ids[at : at + 3] == [m.IMAGE] * 3 and ids.count(m.IMAGE) == 3
@@ -119,7 +123,8 @@ def test_dialogue_by_its_text(here):
 def test_batches_are_epochs_and_ranks_share_them(here):
     """Bugs: a record twice in an epoch, or drawn by each rank alone; labels not moved by one; a row cut beyond
     seq_len; noise of a rank that is another row's."""
-    words, records, net = m.load_tokenizer(here / "lm"), m.read_llava("llava.json", "images"), network("vistog")
+    words, net = m.load_tokenizer(here / "lm"), network("vistog")
+    records = m.read_records("llava.json", "images", m.llava_turns)
     cfg = m.Config(batch_size=5, arms="vistog", n_sem=4, seq_len=60)
 
     def part(step, rank=0, world=1):
@@ -230,7 +235,8 @@ def test_full_arm_is_transformers_llava(here):
 def test_spoken_words_do_not_depend_on_the_batch(here):
     """Questions of two lengths, in batches of 1 and 3, against whole forward passes. Bugs: answers in another order
     than the questions, the cache of a longer row, a stop token in the text."""
-    net, words, test = network("vistog"), m.load_tokenizer(here / "lm"), m.read_pope("pope.jsonl", "images")[4:11]
+    net, words = network("vistog"), m.load_tokenizer(here / "lm")
+    test = m.read_records("pope.jsonl", "images", m.pope_turns)[4:11]
     net.lm.lm_head.weight.data *= 30
     run, said = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), []
     for size in (1, 3):
@@ -275,8 +281,8 @@ def test_the_colour_is_learned_through_four_tokens(here, monkeypatch):
     rows = [json.loads(line) for line in open("pope.jsonl")]
     said = [turns(("human", f"<image>\n{row['text']}\n{m.SHORT}"), ("gpt", row["label"])) for row in rows]
     (here / "llava.json").write_text(json.dumps([x | dict(image=row["image"]) for x, row in zip(said, rows)]))
-    result = m.main([*FLAGS, "--arms", "blind,vistog", "--out", "o", "--steps", "60", "--align-steps", "2", "--lr", "1e-2",
-                     "--log-every", "1000", "--save-every", "1000"])
+    result = m.main([*FLAGS, "--arms", "blind,vistog", "--out", "o", "--steps", "60", "--align-steps", "2",
+                     "--lr", "1e-2", "--log-every", "1000", "--save-every", "1000"])
     assert result["metrics"]["vistog/accuracy"] == 1 and result["metrics"]["blind/accuracy"] == 0.5
 
 
@@ -316,8 +322,8 @@ def test_two_ranks_are_one_process(here, alone, monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-c", RANKS, port, *argv, "--fsdp", "--out", "two"]
-    process = subprocess.Popen(command, cwd=here, env=alone.env | dict(PYTHONPATH=os.path.dirname(m.__file__)), text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    process = subprocess.Popen(command, cwd=here, env=alone.env | dict(PYTHONPATH=os.path.dirname(m.__file__)),
+                               text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                start_new_session=True)
     try:
         text = process.communicate(timeout=60 * float(os.environ.get("TEST_TIME_FACTOR", "1")))[0]
@@ -336,25 +342,22 @@ def test_two_ranks_are_one_process(here, alone, monkeypatch):
 
 
 # ---------------------------------------------------------------- bad input
-def turns(*said):
-    return dict(conversations=[{"from": a, "value": b} for a, b in said])
-
-
 BAD = {
-    "no json": ("llava.json", "{", ("llava.json",)),
-    "no list": ("llava.json", "{}", ("llava.json", "list")),
-    "no answer": ("llava.json", json.dumps([turns(("human", "x"))]), ("llava.json, item 0", "conversations")),
-    "two questions": ("llava.json", json.dumps([turns(("human", "x"), ("human", "y"))]), ("item 0", "in turn")),
-    "empty answer": ("llava.json", json.dumps([turns(("human", "x"), ("gpt", " "))]), ("item 0",)),
-    "a number": ("llava.json", json.dumps([turns(("human", 1), ("gpt", "x"))]), ("item 0", "text")),
-    "out of the folder": ("llava.json", json.dumps([turns(("human", "x"), ("gpt", "x")) | dict(image="../lm/config.json")]),
-                          ("item 0", "image", "directory")),
-    "absolute": ("pope.jsonl", json.dumps(dict(image="/etc/passwd", text="x", label="no")), ("line 1", "image")),
-    "no image": ("pope.jsonl", json.dumps(dict(image="x.png", text="x", label="no")), ("line 1", "x.png")),
-    "other label": ("pope.jsonl", json.dumps(dict(image="sub/0.png", text="x", label="maybe")), ("line 1", "yes or no")),
-    "no question": ("pope.jsonl", "", ("pope.jsonl", "no question")),
-    "no lm": ("lm/config.json", "{}", ("--model", "lm")),
-    "text for an image": ("images/sub/0.png", "no image", ("0.png",)),
+    "no json": ("llava.json", "[{", ["llava.json"]),
+    "no list": ("llava.json", "{}", ["llava.json, item 1"]),
+    "no answer": ("llava.json", json.dumps([turns(("human", "x"))]), ["llava.json, item 1", "conversations"]),
+    "two questions": ("llava.json", json.dumps([turns(("human", "x"), ("human", "y"))]), ["item 1", "gpt"]),
+    "empty answer": ("llava.json", json.dumps([turns(("human", "x"), ("gpt", " "))]), ["item 1", "empty"]),
+    "a number": ("llava.json", json.dumps([turns(("human", 1), ("gpt", "x"))]), ["item 1", "text"]),
+    "out of it": ("llava.json", json.dumps([dict(image="../lm/config.json") | turns(("human", "x"), ("gpt", "x"))]),
+                  ["item 1", "image", "directory"]),
+    "absolute": ("pope.jsonl", json.dumps(dict(image="/etc/passwd", text="x", label="no")), ["item 1", "image"]),
+    "no image": ("pope.jsonl", json.dumps(dict(image="x.png", text="x", label="no")), ["item 1", "x.png"]),
+    "other label": ("pope.jsonl", json.dumps(dict(image="sub/0.png", text="x", label="maybe")), ["item 1", "yes"]),
+    "second line": ("pope.jsonl", '{"image": "sub/0.png", "text": "x", "label": "no"}\nx', ["pope.jsonl, item 2"]),
+    "no question": ("pope.jsonl", "", ["pope.jsonl", "nothing"]),
+    "no lm": ("lm/config.json", "{}", ["--model", "lm"]),
+    "text for an image": ("images/sub/0.png", "no image", ["0.png"]),
 }
 
 
@@ -373,7 +376,7 @@ def test_bad_files(here, monkeypatch, capsys, name):
 
 @pytest.mark.parametrize("argv, words", {
     "--task llava": "--vision", "--task llava --vision x --model x --data x --images x": "--test-data",
-    "--scale paper": "--vision", "--fsdp": "--task llava", "--task llava --arms vistog-oracle --dry-run": "vistog-oracle",
+    "--scale paper": "--vision", "--fsdp": "--task llava", "--task llava --arms vistog-oracle --dry-run": "oracle",
 }.items())
 def test_wrong_flags(rejects, argv, words):
     rejects(m.main, argv.split(), *words.split())
