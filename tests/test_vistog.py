@@ -554,7 +554,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
     monkeypatch.setattr(m, "SMALLER", (tiny | dict(intermediate_size=16), tiny | dict(intermediate_size=24)))
-    spent = dict(full=iter([[9e9] * 4] * 2 + [[1, 2, 50, 7]] * 3), vistog=iter([[9e9] * 4] * 2 + [[1, 4, 10, 15]] * 3))
+    spent = dict(full=iter([[9e9] * 4] * 2 + [[1, 2, 50, 7]] * 5), vistog=iter([[9e9] * 4] * 2 + [[1, 4, 10, 15]] * 5))
     real, tokens = m.timed_answer, {}
 
     def timed(net, pixels):
@@ -563,7 +563,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
         return np.array(next(spent[net.kind]))
 
     monkeypatch.setattr(m, "timed_answer", timed)
-    result = m.main(["--bench", "--rounds", "3"])
+    result = m.main(["--bench", "--rounds", "5"])
     assert tokens == dict(full=576, vistog=64) and result["task"] == "bench"
     metrics, (claim,) = result["metrics"], result["claims"]
     assert [metrics[f"vistog/{name} ms"] for name in (*m.PARTS, "total")] == [1, 4, 10, 15, 30]
