@@ -1321,14 +1321,15 @@ def train_arm(cfg, run, state, arm, vision, lm, batches):
         torch.manual_seed(cfg.seed)
         return Network(cfg, arm, vision, copy.deepcopy(lm)).to(run.device)
 
-    net, first = fresh(), replace(cfg, batch_size=cfg.align_batch or cfg.batch_size)
-    if net.m and state.get("job") != arm and arm not in state["done"]:
+    net, name, first = None, f"{arm} align", replace(cfg, batch_size=cfg.align_batch or cfg.batch_size)
+    if arm != "blind" and state.get("job") != arm and arm not in state["done"]:
         for _ in range(1 + cfg.fsdp):  # what FSDP spread would stay frozen: a new network loads what stage 1 learned
+            net = None  # not two of them at a time
             net = fresh()
             net.lm.requires_grad_(False)
-            job(first, run, state, f"{arm} align", net, batches(first, f"{arm} align", net), cfg.align_steps,
-                cfg.align_lr)
+            job(first, run, state, name, net, batches(first, name, net), cfg.align_steps, cfg.align_lr)
         net.lm.requires_grad_(True)
+    net = net or fresh()
     job(cfg, run, state, arm, net, batches(cfg, arm, net), cfg.steps, cfg.lr)
     return net
 
@@ -1357,10 +1358,10 @@ def train_all(cfg, run, state, data, test):
 
 
 def train_llava(cfg, run, state):
-    """Every arm on real data, then its answers to the questions of test_data: {"arm/measure": x}, None on other ranks.
+    """Every arm on real data, then, on the first rank, its answers to the questions of test_data: {"arm/measure": x}.
     All start from the same checkpoints; an arm's network is loaded again for its answers."""
     vision, lm, words = load_clip(cfg.vision).to(run.device), load_lm(cfg.model), load_tokenizer(fetch_model(cfg.model))
-    if cfg.n_sem > vision.n_patch or cfg.seq_len < vision.n_patch + 32:
+    if cfg.n_sem > vision.n_patch or cfg.seq_len < vision.n_patch + 64:
         fail(f"--n-sem {cfg.n_sem}, --seq-len {cfg.seq_len}: an image has {vision.n_patch} patches, which must fit")
     data = read_records(cfg.data, cfg.images, llava_turns)
     align = read_records(cfg.align_data, cfg.images, llava_turns) if cfg.align_data else data
