@@ -826,8 +826,6 @@ def record(**properties):
 
 
 TEXT = dict(type="string")
-PLAN_SHAPE = dict(type="array", items=record(type=dict(enum=["tool", "chitchat"]), request=TEXT))
-MESSAGE_SHAPE = record(done=dict(type="boolean"), message=TEXT)
 
 
 class Dropped(Exception):
@@ -846,7 +844,8 @@ def read_json(text, shape):
 
 def read_plan(text, n, names):
     """[{"type", "request"}]: n - 1 to n + 1 of them, one for a tool at least, none that names one. (our choice)"""
-    items = [{key: item[key] for key in ("type", "request")} for item in read_json(text, PLAN_SHAPE)]
+    shape = dict(type="array", items=record(type=dict(enum=["tool", "chitchat"]), request=TEXT))
+    items = [{key: item[key] for key in ("type", "request")} for item in read_json(text, shape)]
     if abs(len(items) - n) > 1 or all(item["type"] != "tool" for item in items) or any(
             not item["request"].strip() or leaks(item["request"], names) for item in items):
         raise ValueError("no plan as asked for")
@@ -889,8 +888,8 @@ class Agents:
     def user(self, plan, k, messages):
         told = "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan or (), 1))
         task = WITH_PLAN.format(plan=told, k=k + 1) if plan else NO_PLAN.format(tools=self.shown)
-        said = yield from self.ask("no message", functools.partial(read_json, shape=MESSAGE_SHAPE), 1.0, USER.format(
-            task=task, history=history(messages)))
+        read = functools.partial(read_json, shape=record(done=dict(type="boolean"), message=TEXT))
+        said = yield from self.ask("no message", read, 1.0, USER.format(task=task, history=history(messages)))
         kind = "chitchat" if said.get("type") == "chitchat" else "tool"
         return dict(done=said["done"], message=said["message"], request=said["message"], type=kind)
 
@@ -1104,14 +1103,13 @@ def fits(value, shape):
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if value is None and "null" in kinds:
         return True
-    if value not in shape.get("enum", [value]) or not any(isinstance(value, TYPES.get(kind, object)) and not (
-            isinstance(value, bool) and kind in ("integer", "number")) for kind in kinds):
-        return False
+    right = any(isinstance(value, TYPES.get(kind, object)) and (kind not in ("integer", "number") or not isinstance(
+        value, bool)) for kind in kinds) and value in shape.get("enum", [value])
     if isinstance(value, dict) and known is not None:
-        return (set(shape.get("required", ())) <= value.keys()
-                and (value.keys() <= known.keys() or bool(shape.get("additionalProperties")))
-                and all(fits(v, known.get(name)) for name, v in value.items()))
-    return not isinstance(value, list) or all(fits(v, shape.get("items")) for v in value)
+        right &= set(shape.get("required", ())) <= value.keys() and all(
+            fits(part, known.get(name)) and (name in known or shape.get("additionalProperties"))
+            for name, part in value.items())
+    return right and (not isinstance(value, list) or all(fits(part, shape.get("items")) for part in value))
 
 
 def grounded(value, shape, seen):
@@ -1177,21 +1175,13 @@ def broken_rules(dialogue, tools, most_tokens=math.inf):
     return {rule for rule, broken in checks if broken}
 
 
-class Near:
-    """F9: is the Jaccard index of 8-grams of words with those of an earlier dialogue above 0.7?"""
-
-    def __init__(self):
-        self.sizes, self.where = [], {}
-
-    def __call__(self, dialogue):
-        words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
-        grams = {zlib.crc32(" ".join(words[i : i + 8]).encode()) for i in range(max(1, len(words) - 7))}
-        both = Counter(i for gram in grams for i in self.where.get(gram, ()))
-        near = any(n / (len(grams) + self.sizes[i] - n) > 0.7 for i, n in both.items())
-        for gram in () if near else grams:
-            self.where.setdefault(gram, []).append(len(self.sizes))
-        self.sizes += [] if near else [len(grams)]
-        return near
+def near(dialogue, earlier):
+    """F9: is the Jaccard index of its 8-grams of words with a set of `earlier` above 0.7? If not it joins these."""
+    words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
+    grams = {tuple(words[i : i + 8]) for i in range(max(1, len(words) - 7))}
+    found = any((n := len(grams & other)) > 0.7 * (len(grams) + len(other) - n) for other in earlier)
+    earlier += [] if found else [grams]
+    return found
 
 
 # Formats
@@ -1219,7 +1209,7 @@ def to_hermes(row):
     """The same messages as text alone: the tools in a system message, calls and results in tags."""
     shown = [dict(role="system", content=HERMES.format(escaped(row["tools"])))]
     for m in row["messages"]:
-        calls = [dict(name=call["function"]["name"], arguments=json.loads(call["function"]["arguments"]))
+        calls = [dict(name=call["function"]["name"], arguments=dict(json.loads(call["function"]["arguments"])))
                  for call in m.get("tool_calls") or ()]
         said = [m["content"]] if m.get("content") else []
         content = "\n".join([*said, *(f"<tool_call>\n{escaped(call)}\n</tool_call>" for call in calls)])
@@ -1261,17 +1251,14 @@ def read_hermes(text):
     return calls
 
 
-def signature(function):
-    """A tool in a line, for the small student: name(parameter, optional?)."""
-    required, names = function["parameters"].get("required", ()), function["parameters"].get("properties", {})
-    return f"{function['name']}({', '.join(name + '?' * (name not in required) for name in names)})"
-
-
 def shown(row, brief):
-    """Messages of a row as text, as a model sees them; `brief`: of the tools the signatures alone."""
+    """Messages of a row as text, as a model sees them; `brief`: of a tool only a line name(parameter, optional?)."""
     system, *rest = to_hermes(row)["messages"]
     if brief:
-        system["content"] = "\n".join(["tools", *(signature(tool["function"]) for tool in row["tools"])])
+        system["content"] = "tools"
+        for name, shape in ((tool["function"]["name"], tool["function"]["parameters"]) for tool in row["tools"]):
+            words = (p + "?" * (p not in shape.get("required", ())) for p in shape.get("properties", ()))
+            system["content"] += f"\n{name}({', '.join(words)})"
     if rest and rest[0]["role"] == "system":  # somebody else's file may have its own: the tools stand below it
         system["content"] = rest.pop(0)["content"] + ("\n" + system["content"]) * bool(row["tools"])
         return [system, *rest]
@@ -1279,34 +1266,32 @@ def shown(row, brief):
 
 
 # Making the data
-def finish(cfg, dialogue, tools, near, tok=None):
-    """A dialogue with its length and the rules that it breaks. Tokens are a tokenizer's, or characters / 4."""
-    try:
-        row = to_openai(dialogue, tools)
-        dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
-    except (ValueError, TypeError, AttributeError):
-        dialogue["tokens"] = 0  # a call that is no JSON, which is F1
-    broken = broken_rules(dialogue, tools, cfg.seq_len)
-    broken = {"F9"} if not broken and near(dialogue) else broken
-    return dialogue | dict(broken=sorted(broken, key=lambda rule: int(rule[1:])))
+def finish(cfg, dialogue, tools, tok=None):
+    """A dialogue with its length, in a tokenizer's tokens or characters / 4, and the rules that it breaks."""
+    if not dialogue["messages"]:
+        return dialogue
+    row = to_openai(dialogue, tools)
+    dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
+    return dialogue | dict(broken=sorted(broken_rules(dialogue, tools, cfg.seq_len), key=lambda rule: int(rule[1:])))
 
 
 def make_dialogues(cfg, run, name, make, have, goal, tok=None):
-    """Dialogues in a JSONL file, kept or dropped, a part of them at a time until have(rows) is `goal`. make(ids): those
-    dialogues, each with its tools."""
-    path, near = run.out / f"{name}.jsonl", Near()
-    rows, log = read_rows(path, cfg.part), Log(run, name, goal)
-    for row in rows:  # of a former call
-        _ = row["broken"] or near(row)
-    while have(rows) < goal:
-        made = make(range(len(rows), len(rows) + cfg.part))
-        new = [finish(cfg, d, tools, near, tok) if d["messages"] else d for d, tools in made]
-        append_rows(path, new)
-        rows += new
+    """Dialogues, kept or dropped, until have(rows) is `goal`: by parts, each a file, which a kill leaves whole or out.
+    make(ids): those dialogues, each with its tools."""
+    rows, earlier, log, folder = [], [], Log(run, name, goal), run.out / name
+    folder.mkdir(exist_ok=True)
+    while (path := folder / f"{len(rows):06}.jsonl").exists() or have(rows) < goal:
+        if not path.exists():
+            made = make(range(len(rows), len(rows) + cfg.part))
+            write_lines(path, [finish(cfg, dialogue, tools, tok) for dialogue, tools in made])
+        for _, row in read_json_lines(path):
+            row["broken"] += ["F9"] if not row["broken"] and near(row, earlier) else []
+            rows.append(row)
         log(have(rows))
         if len(rows) >= 50 * cfg.part and all(row["broken"] for row in rows):
-            fail(f"nothing passes the rules, see \"broken\" in {path}; F10 asks for a higher --seq-len")
+            fail(f"nothing passes the rules, see \"broken\" in {folder}; F10 asks for a higher --seq-len")
         pause(run)
+    write_lines(run.out / f"{name}.jsonl", rows)
     return rows
 
 
@@ -2085,26 +2070,6 @@ def remember(run, state, **job):
     save_state(run, done=state["done"], seconds=time.perf_counter() - run.began, **job)
 
 
-def read_rows(path, size):
-    """Rows of a JSONL file that a kill may have cut: what follows its last whole part of `size` rows is taken off."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = sum(line.endswith(b"\n") for line in lines) // size * size
-    if whole < len(lines):
-        os.truncate(path, sum(map(len, lines[:whole])))
-    try:
-        rows = [json.loads(line) for line in lines[:whole]]
-        return rows if [row["id"] for row in rows] == list(range(whole)) else fail(f"{path}: ids are not 0, 1, 2, ...")
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
-
-
-def append_rows(path, rows):
-    with open(path, "ab") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_formats(out, name, rows):
     """Rows of to_openai as two JSONL files."""
     for form, write in (("openai", dict), ("hermes", to_hermes)):
@@ -2238,23 +2203,15 @@ class Local:
         return [texts[i] for i in range(len(jobs))]
 
 
-def check_message(m):
-    """ValueError, or another, unless it is a message in OpenAI's format."""
-    calls = [call["function"] for call in m.get("tool_calls") or ()]
-    texts = [*([] if calls and m.get("content") is None else [m["content"]]), *(call["name"] for call in calls)]
-    objects = [json.loads(call["arguments"]) for call in calls]
-    if not (m["role"] in ROLES and all(isinstance(text, str) for text in texts)
-            and all(isinstance(value, dict) for value in objects)):
-        raise ValueError(f"a message of {m['role']!r}")
-
-
 def read_training(path):
     """Rows of a fine-tuning file in OpenAI's format."""
     rows = []
     for where, row in read_json_lines(path):
         try:
             rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
-            _ = [check_message(m) for m in row["messages"]]
+            if not (all(m.get("tool_calls") or isinstance(m["content"], str) for m in row["messages"])
+                    and all(m["role"] in ROLES for m in shown(rows[-1], False))):
+                raise ValueError("a role or a content of another kind")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
     return rows
@@ -2273,13 +2230,12 @@ def ledger(cfg, run, tok, rows, asked):
 
 
 def estimate(cfg):
-    """What the dialogues of a served model may cost: a plan; for 4 requests the user, a call, a result, an answer of 60
-    tokens; tools of 150."""
-    asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
-    n, written = cfg.dialogues, asked * 60
-    print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} written; "
-          f"at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
-          f"{cfg.budget:,} tokens, as far as the server counts them", flush=True)
+    """What dialogues may cost: a plan; for 4 requests user, call, result, answer of 60 tokens each; tools of 150."""
+    asked = cfg.dialogues * 17
+    read, written = asked * (4.5 * 150 + 8 * 60), asked * 60
+    print(f"{cfg.dialogues:,} dialogues: about {asked:,} requests, {read:.1e} tokens read and {written:.1e} written; "
+          f"at 1 $ a million read and 4 $ written {(read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
+          f"{cfg.budget:,} tokens, as far as they are counted", flush=True)
 
 
 def dry_run(cfg):
@@ -2305,9 +2261,8 @@ def show_graph(cfg, graph, names):
 
     (edges, label), found = graph, walk(graph[0], 6, random_of("shown", cfg.seed), graph[1])
     groups = sorted(((label == c).nonzero()[:, 0] for c in label.unique()), key=len, reverse=True)
-    groups = [group for group in groups if len(group) > 1]
-    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(max(1, len(groups)))
-    for c, group in enumerate(groups):
+    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(sum(len(group) > 1 for group in groups)) or 1
+    for c, group in enumerate(group for group in groups if len(group) > 1):
         angle = torch.arange(len(group)) * 2 * math.pi / len(group)
         ring = torch.stack([angle.cos(), angle.sin()], 1) * min(1.1, 0.3 + len(group) / 40)
         place[group] = ring + torch.tensor([c % columns, -(c // columns)]) * 2.4

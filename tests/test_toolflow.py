@@ -9,6 +9,7 @@ import json
 import math
 import random
 import re
+import shutil
 import zlib
 from collections import Counter
 from types import SimpleNamespace
@@ -92,6 +93,28 @@ def test_loaders_of_three_schemas(tmp_path):
     assert m.without_results(mcp) == OPENAI and list(mcp["function"]["results"]["properties"]) == ["degrees"]
     lines = json.dumps(dict(id="x", function=[BFCL, BFCL])) + "\n\n" + json.dumps(OPENAI) + "\n"
     assert [m.name_of(tool) for tool in load(lines)] == ["get.weather", "get.weather", "get_weather"]
+    rain, snow, *long = load([dict(name=name) for name in ("雨の天気", "雪の天気", "a" * 70, "a" * 71)])
+    names = [tool["function"]["name"] for tool in (rain, snow, *long)]
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name) for name in names)
+    assert [m.name_of(rain), m.name_of(snow)] == ["雨の天気", "雪の天気"]
+
+
+NULLABLE = [dict(type=["string", "null"]), dict(type="string", nullable=True), dict(type=["dict", "null"]),
+            dict(anyOf=[dict(type="string"), dict(type="null")]), dict(anyOf=[dict(type="float")], nullable=True)]
+
+
+@pytest.mark.parametrize("shape", NULLABLE)
+def test_what_may_be_null_may_be_null(shape):
+    """In OpenAI's, MCP's and the older spelling; other types are still wrong."""
+    normal = m.normal_schema(shape)
+    good = {} if "dict" in str(shape) else 1.5 if "float" in str(shape) else "x"
+    assert m.fits(None, normal) and m.fits(good, normal) and not m.fits([1], normal)
+    assert m.normal_schema(normal) == normal
+    tool = m.normal_tool(dict(name="f", parameters=dict(type="object", properties=dict(p=shape))), "")
+    docs = dict(f=tool["function"])
+    assert m.call_breaks(dict(name="f", arguments='{"p": null}'), docs, "") == set()
+    assert m.call_breaks(dict(name="f", arguments='{"p": [1]}'), docs, "") == {"F1"}
+    assert not m.fits(None, m.normal_schema(dict(type="string")))
 
 
 @pytest.mark.parametrize("text, words", [
@@ -194,6 +217,11 @@ def test_near_duplicates_are_merged():
     everything = [t["function"]["description"] for t in tools] + ["user: who", "user: whom"]
     kept, merged = m.merge_tools(tools, embed)
     assert [t["function"]["name"] for t in kept] == ["get_tickets", "buy", "sell", "log_out"] and merged == 3
+    foreign = [m.normal_tool(dict(name=name, description=about), "") for name, about in (
+        ("雨", "other"), ("雪", "sells"), ("कि", "ends"), ("का", "the tickets"), ("雨", "another"))]
+    everything.append("another")
+    kept, merged = m.merge_tools(foreign, embed)
+    assert [*map(m.name_of, kept)] == ["雨", "雪", "कि", "का"] and merged == 1
 
 
 def test_components_of_a_random_graph():
@@ -216,15 +244,14 @@ def ring(n, chords=0, seed=0):
     return edges
 
 
-@pytest.mark.parametrize("kind", ["pure", "last-added"])
-def test_alg_1_l_1_l_2_l_3_walk_gives_n_connected_tools(kind):
-    """Alg. 1: n distinct nodes that induce a connected subgraph, the same for the same seed."""
+def test_alg_1_l_1_l_2_l_3_walk_gives_n_connected_tools():
+    """Alg. 1: n distinct nodes that induce a connected subgraph, the same for the same seed, labels known or not."""
     edges = ring(30, 15)
     for seed in range(40):
-        found = m.walk(edges, 5, random.Random(seed), kind)
+        found = m.walk(edges, 5, random.Random(seed), m.components(edges))
         assert len(set(found)) == len(found) == 5
         assert (m.components(edges[found][:, found]) == 0).all()
-        assert found == m.walk(edges, 5, random.Random(seed), kind)
+        assert found == m.walk(edges, 5, random.Random(seed))
 
 
 def test_alg_1_steps_are_uniform_over_neighbours():
@@ -250,16 +277,23 @@ def test_walk_raises_where_it_could_hang():
     assert {tuple(sorted(m.walk(lonely, 2, random.Random(i)))) for i in range(20)} == {(0, 1)}  # not from the isolated
     star = torch.zeros(4, 4, dtype=torch.bool)
     star[0, 1:] = star[1:, 0] = True
-    assert len(m.walk(star, 4, random.Random(0))) == 4
-    with pytest.raises(ValueError, match="did not meet"):
-        m.walk(star, 4, random.Random(0), "last-added", most=20)  # from a leaf there is no way back
+    assert len(m.walk(star, 4, random.Random(0))) == 4  # by way of the hub, again and again
     assert len(m.walk(lonely, 1, random.Random(0))) == 1
 
 
 def test_subsets_of_arms_are_equally_large():
     cfg, edges = config(), ring(40, 60)
+    graph = edges, m.components(edges)
     for i in range(30):
-        assert len(m.subset(cfg, edges, True, i)) == len(m.subset(cfg, edges, False, i)) in (3, 4, 5, 6)
+        assert len(m.subset(cfg, *graph, True, i)) == len(m.subset(cfg, *graph, False, i)) in (3, 4, 5, 6)
+
+
+def test_components_are_found_once_for_all_walks(tmp_path, monkeypatch):
+    cfg, calls, found = config("--tokens", "2000"), [], m.components
+    monkeypatch.setattr(m, "components", lambda edges: calls.append(1) or found(edges))
+    graph = m.build_graph(cfg, [tool["tool"] for tool in m.library().values()], m.hashed_ngrams)
+    m.sim_dialogues(cfg, a_run(tmp_path), "both", m.library(), graph, m.Words())
+    assert len(calls) == 1
 
 
 # ---------------------------------------------------------------- the student's tokens
@@ -273,7 +307,7 @@ def test_words_round_trip_and_hold_no_control_tokens():
             known |= set(ids) if i % 3 else set()
             assert min(ids) > tok.stop[0]
     assert min(tok.encode("<end> user <|im_end|> system zebra in")) > tok.stop[0] and tok.encode("zebra") == []
-    heads = [tok.head[role][0] for role in m.ROLES] + tok.stop
+    heads = [tok.index[role] for role in m.ROLES] + tok.stop
     assert len(set(heads)) == 5 and len(set(tok.words)) == len(tok.words)
 
 
@@ -469,10 +503,10 @@ def test_f9_near_duplicates_equal_brute_force():
             for message in rng.sample([x for x in other["messages"] if x["role"] == "user"], min(cut, 2)):
                 message["content"] += " and now to something else altogether" * cut
             rows.append(other)
-    near, kept = m.Near(), []
+    earlier, kept = [], []
     for row in rows:
         want = any(len(grams(row) & g) / len(grams(row) | g) > 0.7 for g in kept)
-        assert near(row) == want
+        assert m.near(row, earlier) == want and len(earlier) == len(kept) + (not want)
         kept += [] if want else [grams(row)]
     assert 15 <= len(kept) < len(rows)
 
@@ -793,7 +827,7 @@ def lines(path):
 
 def test_dialogues_through_an_endpoint(chat, tmp_path, capsys):
     """Kept dialogues in both formats, one model for each; only the user sees the plan; a second run asks nothing."""
-    metrics = synth(chat, "--out", "x", "--replies", "kept")["metrics"]
+    metrics = synth(chat, "--out", "x")["metrics"]
     assert metrics["dialogues/made"] == metrics["dialogues/kept"] == 4
     rows = lines(tmp_path / "x" / "dialogues.jsonl")
     assert {row["model"] for row in rows} <= set("abc") and all(row["broken"] == [] for row in rows)
@@ -804,7 +838,8 @@ def test_dialogues_through_an_endpoint(chat, tmp_path, capsys):
     asked = len(chat.seen)
     assert metrics["dialogues/tokens"] == 7 * asked
     assert {payload["model"] for payload, _ in chat.seen} == {row["model"] for row in rows}
-    synth(chat, "--out", "y", "--replies", "kept")
+    shutil.copytree(tmp_path / "x/replies", tmp_path / "y/replies")
+    synth(chat, "--out", "y")
     assert len(chat.seen) == asked and lines(tmp_path / "y" / "dialogues.jsonl") == rows
     plain = synth(chat, "--out", "z", "--arms", "no-plan")["metrics"]
     assert plain["dialogues/kept"] == 4
@@ -813,29 +848,29 @@ def test_dialogues_through_an_endpoint(chat, tmp_path, capsys):
 
 def test_endpoint_with_faults_and_a_kill(chat, tmp_path, monkeypatch):
     """429 with Retry-After, cut bodies, broken JSON, a reply that was cut off: same dialogues; a kill loses none."""
-    synth(chat, "--out", "whole", "--replies", "one")
+    synth(chat, "--out", "whole")
     whole = lines(tmp_path / "whole" / "dialogues.jsonl")
     choice = dict(message=dict(content='[{"type": "tool", "requ'), finish_reason="length")
     cut = json.dumps(dict(choices=[choice])).encode()
     chat.faults += [429, 503, b"{", cut, cut, 500]
-    append, seen = m.append_rows, len(chat.seen)
+    write, seen = m.write_lines, len(chat.seen)
 
     def killed(path, rows):
-        append(path, rows)
-        monkeypatch.setattr(m, "append_rows", append)
-        with open(path, "a") as file:
-            file.write('{"id": 2, "cut')
+        write(path, rows)
+        monkeypatch.setattr(m, "write_lines", write)
+        (path.parent / "000002.jsonl.tmp").write_text('{"id": 2, "cut')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(m, "append_rows", killed)
+    monkeypatch.setattr(m, "write_lines", killed)
     with pytest.raises(KeyboardInterrupt):
-        synth(chat, "--out", "part", "--replies", "two", "--workers", "1")
+        synth(chat, "--out", "part", "--workers", "1")
     asked = len(chat.seen)
-    synth(chat, "--out", "part", "--replies", "two", "--workers", "1", "--resume")
+    synth(chat, "--out", "part", "--workers", "1", "--resume")
     again = lines(tmp_path / "part" / "dialogues.jsonl")
     assert [row["id"] for row in again] == [0, 1, 2, 3] and [row["messages"] for row in again] == [
         row["messages"] for row in whole]
     assert len(chat.seen) - seen == seen + 6 and seen < asked  # nothing is asked twice but what failed
+    assert json.loads((tmp_path / "part/result.json").read_text())["metrics"]["dialogues/tokens"] >= 7 * seen
 
 
 def test_budget_stops_within_a_part(chat, tmp_path, capsys):
@@ -873,9 +908,12 @@ def test_plans_are_read_and_checked():
     names = ["find_hotel", "stay"]
     items = [dict(type="tool", request="a room"), dict(type="chitchat", request="how nice to stay")]
     assert m.read_plan("Here:\n```" + json.dumps(items) + "```", 2, names) == items
-    assert m.read_plan("1. Tool Call Request: a room\n2. Chit-chat: how nice", 2, names)[1] == dict(
-        type="chitchat", request="how nice")
-    for bad in ("", "[]", json.dumps(items[1:] * 2), json.dumps(items * 3), json.dumps(items[:1] * 2)[:-5],
+    cut = json.dumps([dict(type="tool", request="a room [of two]"), dict(type="tool", request="another {or} more")])
+    for n in range(len(cut)):
+        with pytest.raises(ValueError):  # what finish_reason length leaves is no plan
+            m.read_plan(cut[:n], 2, names)
+    for bad in ("", "[]", "1. Tool Call Request: a room\n2. Chit-chat: how ni",
+                json.dumps(items[1:] * 2), json.dumps(items * 3), json.dumps(items[:1] * 2)[:-5],
                 json.dumps([dict(type="tool", request="call find_hotel")] * 2), "[1, 2]",
                 '[{"type": "tool", "request": ""}]'):
         with pytest.raises(ValueError):
@@ -886,6 +924,7 @@ def test_replies_of_the_assistant():
     assert m.read_reply('{"say": "hello"}') == ("hello", [])
     two = dict(calls=[dict(name="a", arguments='{"x": 1}'), dict(name="b", arguments={})])
     assert m.read_reply(json.dumps(two)) == (None, [("a", dict(x=1), {}), ("b", {}, {})])
+    assert m.read_reply(json.dumps(two | dict(say="I look."))) == m.read_reply(json.dumps(two))
     for bad in ("hello", '{"say": ""}', '{"calls": []}', '{"calls": [{"name": "a", "arguments": "{"}]}', "[1]",
                 '{"calls": [{"arguments": {}}]}', '{"calls": 5}', None):
         with pytest.raises((ValueError, LookupError, TypeError)):
@@ -990,10 +1029,11 @@ def test_bfcl_scores_a_model_that_knows_the_answers(checkpoint, tmp_path, monkey
 @pytest.mark.parametrize("argv, words", [
     (["--arms", "both,all"], ["--arms", "no-plan"]), (["--arms", "both", "--students", "neither"], ["--students"]),
     (["--tau", "1.5"], ["--tau", "1"]), (["--n-tools", "6-3"], ["--n-tools", "3-6"]),
-    (["--n-embd", "30"], ["--n-head"]),
-    (["--show-graph", "g.pdf"], [".svg"]), (["--task", "synth"], ["--tools", "--teacher", "--model"]),
+    (["--n-embd", "30"], ["multiple of 8"]),
+    (["--show-graph", "g.pdf"], [".svg"]), (["--task", "synth"], ["--tools", "--teacher"]),
+    (["--task", "synth", "--tools", "t", "--teacher", "http://x/v1"], ["--model"]),
     (["--task", "sft", "--model", "x"], ["--data"]), (["--task", "graph", "--data", "nowhere"], ["nowhere", "no such"]),
-    (["--steps", "0"], ["--steps"]), (["--kernels"], ["CUDA"]), (["--walk", "far"], ["--walk"])])
+    (["--steps", "0"], ["--steps"]), (["--kernels"], ["CUDA"]), (["--task", "far"], ["--task"])])
 def test_bad_input(argv, words, rejects):
     rejects(m.main, [*SMOKE, *argv], *words)
 
