@@ -16,7 +16,8 @@ shall use the history better than one trained on as many tokens about random too
   python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 3 min; 1,441 real tools: with
                                             # an edge 75 % of pairs are used in one task, of all pairs 21 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
-  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it;
+                                            # all weights on several devices: torchrun --nproc-per-node 8 toolflow.py
 
 Symbols
   paper        code                shape     meaning
@@ -24,8 +25,8 @@ Symbols
   cos > tau    simgraph            (n, n)    e_ij, edges of n tools: P-P, or P-R in either direction
   H, D-N, SS   entropy, distinct, coherence  entropy of words in bits, share of different trigrams, 100 cos(round, next)
 
-Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin), openai-ARM.jsonl
-and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl (what students said), ARM.safetensors.
+Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin; by parts in a folder
+of that name), openai-ARM.jsonl and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl, ARM.safetensors.
 
 Differences from the paper, whose text was read without its tables and prompts: tables are from notes of others
   tools       made up, 550 of them and 136 unseen ones, in place of 16,000 from RapidAPI; or your own. Unseen tools are
@@ -33,7 +34,7 @@ Differences from the paper, whose text was read without its tables and prompts: 
   encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
               that a tool has 6 neighbours on average
   n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
-  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model, or a checkpoint. Sim
+  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or --teacher, served or a checkpoint. Sim
               chats as often in all arms, and refers back as often where it can: a plan chooses and orders the requests
               so that it can. Texts are phrasings from lists, so H and D-3 measure these lists too.
   rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
@@ -157,17 +158,16 @@ class Config:
 
 ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
     "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
+SYNTH, SFT = dict(seq_len=8192, part=20, max_new=1024), dict(
+    lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
                   part=20, save_every=3, dialogues=4, max_new=12),
-    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": dict(seq_len=8192, part=4, max_new=1024),
-    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200),
-    "small:bfcl": dict(max_new=200), "small:synth": dict(seq_len=8192, part=20, max_new=1024),
+    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": SYNTH | dict(part=4),
+    "small": {}, "small:sft": SFT, "small:bfcl": dict(max_new=200), "small:synth": SYNTH,
     "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
-    "long:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=1000, max_new=200),
-    "long:bfcl": dict(max_new=200), "long:synth": dict(seq_len=8192, part=20, max_new=1024),
-    "paper": dict(tokens=8_000_000, tau=0.82),
-    "paper:synth": dict(tau=0.82, seq_len=8192, part=32, workers=32, max_new=1024),
+    "long:sft": SFT | dict(steps=1000), "long:bfcl": dict(max_new=200), "long:synth": SYNTH,
+    "paper": dict(tokens=8_000_000, tau=0.82), "paper:synth": SYNTH | dict(tau=0.82, part=32, workers=32),
     "paper:sft": dict(steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5), "paper:bfcl": dict(max_new=512),
 }
 TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
@@ -1164,11 +1164,9 @@ def broken_rules(dialogue, tools, most_tokens=math.inf):
         used[-1:] = [n + len(calls) for n in used[-1:]]
         seen += "\n" + content.lower() if role in ("user", "tool") else ""
         last = "calls" if calls else role
-    by_item = Counter()
-    for k, n in zip(dialogue["about"], used):
-        by_item[k] += n
-    checks += [("F5", (item["type"] == "tool") != (by_item[k] > 0)) for k, item in enumerate(dialogue["plan"])
-               if k in by_item]
+    called = {k for k, n in zip(dialogue["about"], used) if n}
+    checks += [("F5", (item["type"] == "tool") != (k in called)) for k, item in enumerate(dialogue["plan"])
+               if k in dialogue["about"]]
     checks += [("F2", len(waiting)), ("F4", last != "assistant" or len(set(said)) < len(said)),
                ("F6", not dialogue["ended"]), ("F8", any(leaks(text, docs) for text in said)),
                ("F10", dialogue["tokens"] > most_tokens)]
@@ -1383,9 +1381,7 @@ def value_matches(value, shape, answers):
     inner = AST_TYPES[shape["items"]["type"]] if kind is list else None
     value = float(value) if kind is float and type(value) is int else value
     variable = any(type(answer) is not kind for answer in [a for a in answers if a != ""][:1])
-    if not same_type(value, kind, answers):
-        return False
-    if inner and type(value) is kind and not any(
+    if not same_type(value, kind, answers) or inner and type(value) is kind and not any(
             not isinstance(a, list) or all(same_type(v, inner, a) for v in value) for a in answers):
         return False
     if variable or type(value) is not kind:
@@ -1424,19 +1420,18 @@ MARKS = [*ORIGINS, "calls right", "tools right", "calls in chitchat", "asks when
 def held_out(cfg):
     """Dialogues of unseen tools, in unseen frames of words, by a way of choosing tools that uses no graph: half have
     tools of two things, half random ones; of each half one in two follows a plan."""
-    world, made = library(True), []
+    world, rows, i = library(True), [], -1
     things = sorted({tool["thing"] for tool in world.values()})
-    for i in itertools.count():
+    while len(rows) < cfg.n_test:
+        i += 1
         rng = random_of("held out", cfg.seed, i)
         some = rng.sample(things, 2)
         names = [name for name, tool in world.items() if i % 2 or tool["thing"] in some]
         picked = rng.sample(names, min(len(names), rng.randint(3, 6)))
-        made.append(last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1)) | dict(id=i, tools=picked))
-        made[-1]["tokens"] = 0
-        if broken_rules(made[-1], [world[name]["tool"] for name in picked]):
-            made.pop()
-        if len(made) == cfg.n_test:
-            return made
+        made = last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1))
+        made |= dict(id=i, tools=picked, tokens=0)
+        rows += [] if broken_rules(made, [world[name]["tool"] for name in picked]) else [made]
+    return rows
 
 
 def questions(dialogues, docs):
@@ -1495,14 +1490,15 @@ def rates(total, weight):
 
 
 # Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights
-# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin.
+# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin;
+# earlier + return: the share of a dialogue's arguments that were said before or returned.
 CLAIMS = [
     ("edges-compose", "composable pairs, among edges - among all", 0.0, "random pairs are as good"),
     ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
     ("earlier-returns", "return, both - neither", 0.0, "graph and plan do not teach to use what was returned"),
     ("current-not-lower", "current, both - neither", -0.02, "it is paid for with what is said in the same turn"),
-    ("plan-links", "share of arguments said before or returned, both - no-plan", 0.0, "a plan links no more requests"),
-    ("graph-links", "the same, both - no-graph", 0.0, "the graph gives a planner no more to link"),
+    ("plan-links", "earlier + return, both - no-plan", 0.0, "a plan links no more of the arguments"),
+    ("graph-links", "earlier + return, both - no-graph", 0.0, "the graph gives a planner no more to link"),
     ("graph-is-diverse", "D-3, both - no-graph", 0.0, "the graph makes texts no more diverse (paper: +0.147)"),
     ("graph-has-entropy", "H, both - no-graph", 0.0, "nor their words (paper: +0.54)"),
     ("plan-is-coherent", "SS, both - no-plan", 0.0, "a plan makes rounds no more alike (paper: +1.33)"),
@@ -1521,31 +1517,20 @@ def interval(draws, statistic):
     return statistic, (min(low, statistic), max(high, statistic))
 
 
-def data_claims(parts):
-    """From {arm: [measures of a part]}: differences of arms with t-intervals over the parts."""
-    found = {}
-    for name, other, what in (
-            ("plan-links", "no-plan", "earlier return"), ("graph-links", "no-graph", "earlier return"),
-            ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
-            ("plan-is-coherent", "no-plan", "SS")):
-        if {"both", other} <= parts.keys():
-            gap = [sum(a[w] - b[w] for w in what.split()) for a, b in zip(parts["both"], parts[other])]
+def gaps(parts, totals):
+    """What the claims "WHAT, both - ARM" say of the arms that there are. Of students, from {arm: tallies}, with paired
+    bootstrap intervals over dialogues; of data, from {arm: [measures of a part]}, with t-intervals over the parts."""
+    found, forms = {}, {name: re.fullmatch(r"(.+), both - (.+)", formula) for name, formula, *_ in CLAIMS}
+    for name, what, other in ((name, *form.groups()) for name, form in forms.items() if form):
+        if what in MARKS and {"both", other} <= totals.keys():
+            n, k = len(totals["both"]), MARKS.index(what)
+            found[name] = interval(*(rates(totals["both"], weight)[..., k] - rates(totals[other], weight)[..., k]
+                                     for weight in (resample(n), np.ones(n))))
+        elif what not in MARKS and {"both", other} <= parts.keys():
+            gap = [sum(a[w] - b[w] for w in what.split(" + ")) for a, b in zip(parts["both"], parts[other])]
             half = T_975 * np.std(gap, ddof=1) / math.sqrt(PARTS)
             found[name] = np.mean(gap), (np.mean(gap) - half, np.mean(gap) + half)
     return found
-
-
-def student_claims(totals):
-    """From {arm: tallies}: differences with paired bootstrap intervals over dialogues."""
-    if not {"both", "neither"} <= totals.keys():
-        return {}
-    def gap(weight):
-        return rates(totals["both"], weight) - rates(totals["neither"], weight)
-
-    n = len(totals["both"])
-    draws, whole = gap(resample(n)), gap(np.ones(n))
-    return {claim: interval(draws[:, MARKS.index(name)], whole[MARKS.index(name)]) for claim, name in (
-        ("earlier-turns", "earlier"), ("earlier-returns", "return"), ("current-not-lower", "current"))}
 
 
 def edge_precision(edges, truth):
@@ -1671,18 +1656,14 @@ def merge_lora(model):
     return model
 
 
-def presentation(n, total, *key):
-    """Which of n rows is shown at each of `total` places: all of them in a new random order, again and again."""
-    orders = (random_of("order", *key, epoch).sample(range(n), n) for epoch in itertools.count())
-    return list(itertools.islice(itertools.chain.from_iterable(orders), total))
-
-
 def train(cfg, run, state, job, model, data, steps):
     """Optimizer steps on packed lines, in an order that depends on the seed alone; a rank takes its share of a batch.
     Linear warm-up in a tenth of the steps, constant to the half, then linear to 0."""
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, cfg.lr, (0.9, 0.98), weight_decay=0.1, fused=True)
-    step, order = 0, presentation(len(data["ids"]), steps * cfg.batch_size, cfg.seed)
+    step, n = 0, len(data["ids"])  # all n lines in a new random order, again and again
+    orders = (random_of("order", cfg.seed, epoch).sample(range(n), n) for epoch in itertools.count())
+    order = list(itertools.islice(itertools.chain.from_iterable(orders), steps * cfg.batch_size))
     if state.get("job") == job:
         step = state["step"]
         put_state(run, state, model, optimizer)
@@ -2360,7 +2341,7 @@ def run_world(cfg, run, state):
     if totals and not learned:
         print("The student of neither has hardly learned to call, or there is none, so that students are not compared: "
               "raise --base-steps or --steps.")
-    found = {"edges-compose": gain} | (student_claims(totals) if learned else {}) | data_claims(parts)
+    found = {"edges-compose": gain} | gaps(parts, totals if learned else {})
     return found, metrics | shares, dict(encoder=name, merged=merged)
 
 

@@ -736,14 +736,14 @@ def test_claims_are_paired_differences():
     base = np.stack([(rng.random(n.shape) < 0.5) * n, n], -1).astype(float)
     better = base.copy()
     better[:100, m.MARKS.index("earlier"), 0] = n[:100, m.MARKS.index("earlier")]
-    found = m.student_claims(dict(both=better, neither=base))
+    found = m.gaps({}, dict(both=better, neither=base))
     assert found["earlier-turns"][1][0] > 0.1 and found["earlier-returns"] == (0, (0, 0))
-    assert m.student_claims(dict(both=better)) == {}
+    assert m.gaps({}, dict(both=better)) == {} and len(found) == 3
     outcomes = {name: m.verdict(*found[name], threshold) for name, _, threshold, _ in m.CLAIMS if name in found}
     assert outcomes == {"earlier-turns": "HOLDS", "earlier-returns": "INCONCLUSIVE", "current-not-lower": "HOLDS"}
     parts = [dict(earlier=0.1 + 0.01 * i, **{"return": 0.1, "D-3": 0.5, "H": 5.0, "SS": 60.0}) for i in range(m.PARTS)]
     less = [dict(part, earlier=part["earlier"] - 0.05) for part in parts]
-    found = m.data_claims({"both": parts, "no-plan": less})
+    found = m.gaps({"both": parts, "no-plan": less}, {})
     assert found["plan-links"][0] == pytest.approx(0.05) and set(found) == {"plan-links", "plan-is-coherent"}
 
 
