@@ -302,8 +302,7 @@ def wanted(verb, thing, form=0):
 
 @functools.cache
 def library(unseen=False):
-    """{name: tool of the world}. For each last word four things are in training, and one is unseen; the words of an
-    unseen thing are in training apart."""
+    """{name: tool}. For each last word four things are in training; one is unseen, whose words training has apart."""
     tools = [] if unseen else [make_tool("", line) for line in SHAPES["any"]]
     for shape, heads in HEADS.items():
         for head in heads.split():
@@ -422,8 +421,7 @@ PIECE = re.compile("|".join(re.escape(f) for f in sorted(FRAGMENTS, key=len, rev
 
 
 class Words:
-    """The student's tokenizer. A word, a syllable of a name, a digit, a sign, a piece of JSON is one token, so that any
-    value is copied in a few."""
+    """The student's tokens: words, syllables of names, digits, signs, pieces of JSON; a value is a few to copy."""
 
     def __init__(self):
         texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
@@ -777,8 +775,7 @@ def walk(edges, n, rng, label=None):
 
 
 def build_graph(cfg, tools, embed, degree=6):
-    """Edges (n, n) of a list of tools, and their components (n,). Where tau is not given it is one by which a tool has
-    `degree` neighbours on average."""
+    """Edges (n, n) of tools, and their components (n,). If tau is 0 it is one with `degree` neighbours on average."""
     texts, owner, returns = tool_texts(tools)
     x, tau, n = embed(texts), cfg.tau, len(tools)
     if not tau:
@@ -833,8 +830,7 @@ class Dropped(Exception):
 
 
 def read_json(text, shape):
-    """The JSON value in a reply, fenced or not; ValueError if there is none of this schema. A reply that was cut is no
-    JSON, since it lacks its last bracket."""
+    """The JSON of a schema in a reply, fenced or not, else ValueError: a reply that was cut lacks its last bracket."""
     found = re.search(r"[\[{].*[\]}]", text or "", re.S)
     value = json.loads(found[0] if found else "")
     if not fits(value, shape):
@@ -871,7 +867,9 @@ class Agents:
         self.docs, self.most = {tool["function"]["name"]: tool["function"] for tool in tools}, most
         self.shown = "\n".join(json.dumps(without_results(tool)["function"]) for tool in tools)
 
-    def ask(self, rule, read, temperature, prompt):
+    def ask(self, rule, temperature, prompt, read=None, **properties):
+        """What `read` makes of the reply, or a JSON object with these properties."""
+        read = read or functools.partial(read_json, shape=record(**properties))
         for n in range(3):
             text = yield prompt, temperature, n
             with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -880,29 +878,28 @@ class Agents:
 
     def plan(self):
         docs = "\n".join(map(json.dumps, self.docs.values()))  # with returns: the plan may build on them
-        read = functools.partial(read_plan, n=self.most, names=self.docs)
-        items = yield from self.ask("no plan", read, 1.0, PLAN.format(n=self.most, tools=docs))
+        items = yield from self.ask("no plan", 1.0, PLAN.format(n=self.most, tools=docs),
+                                    lambda text: read_plan(text, self.most, self.docs))
         self.most = len(items)
         return items
 
     def user(self, plan, k, messages):
         told = "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan or (), 1))
         task = WITH_PLAN.format(plan=told, k=k + 1) if plan else NO_PLAN.format(tools=self.shown)
-        read = functools.partial(read_json, shape=record(done=dict(type="boolean"), message=TEXT))
-        said = yield from self.ask("no message", read, 1.0, USER.format(task=task, history=history(messages)))
+        said = yield from self.ask("no message", 1.0, USER.format(task=task, history=history(messages)),
+                                   done=dict(type="boolean"), message=TEXT)
         kind = "chitchat" if said.get("type") == "chitchat" else "tool"
         return dict(done=said["done"], message=said["message"], request=said["message"], type=kind)
 
     def assistant(self, messages):
-        return self.ask("F1", read_reply, 0.2, ASSIST.format(tools=self.shown, history=history(messages)))
+        return self.ask("F1", 0.2, ASSIST.format(tools=self.shown, history=history(messages)), read_reply)
 
     def tool(self, name, arguments):
         doc = self.docs.get(name)
         if not doc:
             raise Dropped("F1")
         results = ", ".join(doc.get("results", {}).get("properties", {})) or "that fit its description"
-        return self.ask("F3", functools.partial(read_json, shape=record()), 0.7, TOOL.format(
-            tool=json.dumps(doc), arguments=json.dumps(arguments), results=results))
+        return self.ask("F3", 0.7, TOOL.format(tool=json.dumps(doc), arguments=json.dumps(arguments), results=results))
 
 
 def history(messages):
@@ -1239,8 +1236,7 @@ def from_hermes(row):
 
 
 def read_hermes(text):
-    """Calls [(name, arguments)] in a model's reply. One that cannot be read is left out; a name that is no text is "",
-    which no tool has."""
+    """Calls [(name, arguments)] in a reply. Unreadable ones are left out; a name that is no text is "", no tool's."""
     calls = []
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.S):
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
@@ -1554,8 +1550,7 @@ def auc(score, truth):
 
 # ---------------------------------------------------------------- 6. Training
 def encode_row(tok, row, brief):
-    """Token ids of a row of to_openai up to its last answer, as the chat template writes it; and which are learned:
-    what the assistant says, and the end of its turn."""
+    """Ids of a row, as the chat template writes it, and which are learned: answers, and the ends of their turns."""
     ids, learned, messages = [], [], []
     for m in shown(row, brief):
         if m["role"] == "assistant":
@@ -1575,26 +1570,17 @@ def prompt_ids(tok, tools, before, brief):
 def pack(rows, seq_len):
     """Rows (ids, learned) side by side in lines: ids, targets (-100: not learned), the document of a token (-1: none)
     and its place in it, all (N, seq_len). First fit among the last 32 lines; a longer row is left out."""
-    lines, room = [], []
-    for ids, learned in rows:
-        if len(ids) <= seq_len:
-            at = next((i for i in range(max(0, len(room) - 32), len(room)) if room[i] >= len(ids)), len(room))
-            lines += [[]] * (at == len(lines))
-            room += [seq_len] * (at == len(room))
-            lines[at] = lines[at] + [(ids, learned)]
-            room[at] -= len(ids)
-    fills = dict(ids=0, target=-100, doc=-1, place=0)
-    out = {name: torch.full((len(lines), seq_len), fill) for name, fill in fills.items()}
-    for i, line in enumerate(lines):
-        start = 0
-        for j, (ids, learned) in enumerate(line):
-            here, end = slice(start, start + len(ids)), start + len(ids) - 1
-            out["ids"][i, here], out["place"][i, here] = torch.tensor(ids), torch.arange(len(ids))
-            out["doc"][i, here] = j
-            ahead = [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])]
-            out["target"][i, start:end] = torch.tensor(ahead)  # each at the place of the token before it
-            start = end + 1
-    return out
+    lines, fills = [], dict(ids=0, target=-100, doc=-1, place=0)
+    for ids, learned in (row for row in rows if len(row[0]) <= seq_len):
+        line = next((line for line in lines[-32:] if len(line["ids"]) + len(ids) <= seq_len), None)
+        if line is None:
+            lines.append(line := {name: [] for name in fills})
+        line["doc"] += [(line["doc"] or [-1])[-1] + 1] * len(ids)
+        line["ids"] += ids
+        line["place"] += range(len(ids))
+        line["target"] += [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])] + [-100]
+    return {name: torch.tensor([line[name] + [fill] * (seq_len - len(line[name])) for line in lines], dtype=torch.long)
+            .view(-1, seq_len) for name, fill in fills.items()}  # a target stands at the place of the token before it
 
 
 def packed_states(model, ids, doc, place):
@@ -2163,22 +2149,22 @@ def answer_all(model, tok, prompts, max_new, size=64, **sampling):
 
 
 class Local:
-    """A checkpoint as teacher, which is asked like Chat. What it draws depends on what it is asked, so that a part of
-    the dialogues which a kill cut off is made again as it was."""
+    """A checkpoint, asked like Chat. What it draws depends on what it is asked: what a kill cut is the same again."""
 
     def __init__(self, run, name):
         (model, self.tok), self.tokens = load_real(fetch_model(name)), 0
         self.model = model.to(run.device, run.dtype).eval()
 
     def ask(self, jobs):
-        """Texts of [(payload, index of the sample)], in order; those of one temperature and limit side by side."""
-        texts, settings = {}, [(job["temperature"], job["max_tokens"]) for job, _ in jobs]
-        for temperature, most in sorted(set(settings)):
-            some = [i for i, setting in enumerate(settings) if setting == (temperature, most)]
+        """Texts of [(payload, index of the sample)], in order; those of one temperature side by side."""
+        texts = {}
+        for temperature in sorted({job["temperature"] for job, _ in jobs}):
+            some = [i for i, (job, _) in enumerate(jobs) if job["temperature"] == temperature]
+            prompts = [self.tok.chat(jobs[i][0]["messages"]) for i in some]
             g = torch.Generator(self.model.norm.weight.device)
             g.manual_seed(zlib.crc32(repr([jobs[i] for i in some]).encode()))
-            prompts = [self.tok.chat(jobs[i][0]["messages"]) for i in some]
-            new = answer_all(self.model, self.tok, prompts, most, 16, temperature=temperature, generator=g)
+            new = answer_all(self.model, self.tok, prompts, jobs[some[0]][0]["max_tokens"], 16, temperature=temperature,
+                             generator=g)
             self.tokens += sum(map(len, [*prompts, *map(self.tok.encode, new)]))
             texts |= zip(some, new)
         return [texts[i] for i in range(len(jobs))]
@@ -2470,8 +2456,7 @@ def run_synth(cfg, run, state):
 
 
 def run_sft(cfg, run, state):
-    """Fine-tune --model on --data, all weights or LoRA, over the ranks of torchrun if there are several; the result is
-    a folder that --model takes."""
+    """Fine-tune --model on --data, all weights or LoRA, on all ranks of torchrun, to a folder that --model takes."""
     rows, folder = read_training(Path(cfg.data)), fetch_model(cfg.model)
     model, tok = load_real(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
