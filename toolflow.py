@@ -2221,9 +2221,7 @@ def dry_run(cfg):
 
 
 def show_graph(cfg, graph, names):
-    """Draw components as rings, the largest first, and one walk, if --show-graph names a file."""
-    if not cfg.show_graph:
-        return
+    """Draw components as rings, the largest first, and one walk."""
     from matplotlib.figure import Figure
 
     (edges, label), found = graph, walk(graph[0], 6, random_of("shown", cfg.seed), graph[1])
@@ -2300,7 +2298,8 @@ def run_world(cfg, run, state):
     metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(graph[0].numpy(), composes(world))
     print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of the edges compose, "
           f"{metrics['graph/base rate']:.1%} of all pairs ({name})")
-    show_graph(cfg, graph, list(world))
+    if cfg.show_graph:
+        show_graph(cfg, graph, list(world))
     for arm in arms:
         rows, kept, total = sim_dialogues(cfg, run, arm, world, graph, tok), [], 0
         for row in rows:  # arms are compared at as many tokens

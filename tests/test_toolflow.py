@@ -259,7 +259,8 @@ def test_alg_1_steps_are_uniform_over_neighbours():
     edges = torch.zeros(6, 6, dtype=torch.bool)
     edges[0, 1:] = edges[1:, 0] = True
     edges[1, 2] = edges[2, 1] = True
-    counts = Counter(tuple(m.walk(edges, 2, random.Random(seed))) for seed in range(6000))
+    label = m.components(edges)
+    counts = Counter(tuple(m.walk(edges, 2, random.Random(seed), label)) for seed in range(6000))
     starts = Counter(pair[0] for pair in counts.elements())
     for start, degree in ((0, 5), (1, 2), (3, 1)):
         row = [n for pair, n in counts.items() if pair[0] == start]
@@ -290,23 +291,29 @@ def test_subsets_of_arms_are_equally_large():
 
 def test_dialogues_are_made_by_parts_and_components_found_once(tmp_path, monkeypatch):
     """Row i is dialogue i, whatever the part is; a run that goes on from a part makes the same."""
-    world, calls, found, rows = m.library(), [], m.components, {}
-    monkeypatch.setattr(m, "components", lambda edges: calls.append(1) or found(edges))
-    graph = m.build_graph(config(), [tool["tool"] for tool in world.values()], m.hashed_ngrams)
-    for part in (3, 7):
+    world, edges, rows, tok = {name: m.library()[name] for name in names()[:40]}, ring(40, 60), {}, m.Words()
+    graph = edges, m.components(edges)
+    monkeypatch.setattr(m, "components", lambda edges: pytest.fail("the components are known"))
+    for part in (3, 5):
         (folder := tmp_path / str(part)).mkdir()
         for _ in range(2):
-            cfg = config("--part", str(part), "--tokens", "1800")
-            rows[part] = m.sim_dialogues(cfg, a_run(folder), "both", world, graph, m.Words())
+            cfg = config("--part", str(part), "--tokens", "1000")
+            rows[part] = m.sim_dialogues(cfg, a_run(folder), "both", world, graph, tok)
             assert lines(folder / "dialogues-both.jsonl") == rows[part]
-            for path in sorted((folder / "dialogues-both").iterdir())[2:]:
+            for path in sorted((folder / "dialogues-both").iterdir())[1:]:
                 path.unlink()
         assert [row["id"] for row in rows[part]] == [*range(len(rows[part]))] and len(rows[part]) % part == 0
-    assert len(calls) == 1 and all(a == b for a, b in zip(rows[3], rows[7])) and len(rows[3]) > 3
+    assert all(a == b for a, b in zip(rows[3], rows[5])) and len(rows[3]) > 2
     for i, row in enumerate(rows[3]):
         made = m.last_value(m.converse(m.Sim(0, i, world, row["tools"]), True))
         assert row["messages"] == made["messages"] and row["tools"] == [
             [*world][j] for j in m.subset(config(), *graph, True, i)]
+
+
+def test_labels_of_a_graph_are_its_components():
+    tools = [m.library()[name]["tool"] for name in names()[::20]]
+    edges, label = m.build_graph(config("--tau", "0.5"), tools, m.hashed_ngrams)
+    assert torch.equal(label, m.components(edges)) and 1 < len(label.unique()) < len(label)
 
 
 # ---------------------------------------------------------------- the student's tokens
@@ -924,8 +931,8 @@ def test_dialogues_through_an_endpoint(chat, tmp_path, capsys):
     shutil.copytree(tmp_path / "x/replies", tmp_path / "y/replies")
     synth(chat, "--out", "y")
     assert len(chat.seen) == asked and lines(tmp_path / "y" / "dialogues.jsonl") == rows
-    plain = synth(chat, "--out", "z", "--arms", "no-plan")["metrics"]
-    assert plain["dialogues/kept"] == 4
+    plain = synth(chat, "--out", "z", "--arms", "no-plan", "--dialogues", "2")["metrics"]
+    assert plain["dialogues/kept"] == 2
     assert not any("Plan a" in payload["messages"][0]["content"] for payload, _ in chat.seen[asked:])
 
 
@@ -1086,9 +1093,9 @@ def test_a_checkpoint_is_the_teacher(checkpoint, chat, tmp_path, monkeypatch):
     texts = teacher.ask(jobs)
     assert texts == teacher.ask(jobs) and texts[0] != texts[2] and all(isinstance(text, str) for text in texts)
     assert texts[1:2] == teacher.ask(jobs[1:2]) and teacher.tokens > 100 and teacher.ask([]) == []
-    flags = ["--task", "synth", *SMOKE, "--tools", "tools.json", "--n-tools", "5-6", "--part", "2", "--out"]
-    metrics = m.main([*flags, "x", "--teacher", str(checkpoint), "--max-new", "4"])["metrics"]
-    assert metrics["dialogues/no plan"] == metrics["dialogues/made"] == 4 and metrics["dialogues/tokens"] > 100
+    flags = ["--task", "synth", *SMOKE, "--tools", "tools.json", "--part", "1", "--dialogues", "2", "--out"]
+    metrics = m.main([*flags, "x", "--teacher", str(checkpoint), "--max-new", "4", "--n-tools", "1-1"])["metrics"]
+    assert metrics["dialogues/no plan"] == metrics["dialogues/made"] == 2 and metrics["dialogues/tokens"] > 100
 
     def answers(model, tok, prompts, most, size, temperature, generator):
         asked = [tok.decode(prompt).removeprefix("user\n").removesuffix("\nassistant\n") for prompt in prompts]
@@ -1096,8 +1103,9 @@ def test_a_checkpoint_is_the_teacher(checkpoint, chat, tmp_path, monkeypatch):
 
     monkeypatch.setattr(m, "answer_all", answers)
     other = shutil.copytree(checkpoint, tmp_path / "other")
-    assert m.main([*flags, "y", "--teacher", f"{checkpoint},{other}"])["metrics"]["dialogues/kept"] == 4
-    assert {row["model"] for row in lines(tmp_path / "y/dialogues.jsonl")} == {str(checkpoint), str(other)}
+    metrics = m.main([*flags, "y", "--teacher", f"{checkpoint},{other}", "--n-tools", "5-6"])["metrics"]
+    assert metrics["dialogues/kept"] == 2
+    assert {row["model"] for row in lines(tmp_path / "y/dialogues.jsonl")} <= {str(checkpoint), str(other)}
     assert chat.seen == []
 
 
