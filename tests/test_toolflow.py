@@ -1196,7 +1196,7 @@ def test_kill_and_resume(kill_and_resume):
 
 def test_graph_of_a_file_is_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.json").write_text(json.dumps([m.library()[name]["tool"] for name in names()[::4]]))
+    (tmp_path / "t.json").write_text(json.dumps([m.library()[name]["tool"] for name in names()[::8]]))
     metrics = m.main(["--task", "graph", "--tools", "t.json", "--show-graph", "g.svg", "--out", "x", *SMOKE])["metrics"]
     assert metrics["tau 0.6/all"] >= metrics["tau 0.9/all"] and (tmp_path / "g.svg").stat().st_size > 5000
     text = (tmp_path / "g.svg").read_text()
