@@ -1236,8 +1236,9 @@ def dry_run(cfg):
 
 def ledger(cfg, run, data):
     """Say before training what it takes: measured steps, throughput against a matmul's, stacked against one by one."""
-    x, total, found = torch.randn(1024, 1024, device=run.device), 0.0, {}
-    peak = 2 * 1024**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
+    size = 1024 if run.device.type == "cpu" else 8192
+    x, total, found = torch.randn(size, size, device=run.device, dtype=run.dtype), 0.0, {}
+    peak = 2 * size**3 / min(timeit.repeat(lambda: (x @ x).sum().item(), number=1, repeat=5))
 
     def seconds_of(size, B, grid):
         trainer, ids = Trainer(cfg, run, size, grid, data.vocab), data.batch(0, B // cfg.seq_len).to(run.device)

@@ -16,7 +16,8 @@ shall use the history better than one trained on as many tokens about random too
   python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 3 min; 1,441 real tools: with
                                             # an edge 75 % of pairs are used in one task, of all pairs 21 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
-  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it;
+                                            # all weights on several devices: torchrun --nproc-per-node 8 toolflow.py
 
 Symbols
   paper        code                shape     meaning
@@ -24,8 +25,8 @@ Symbols
   cos > tau    simgraph            (n, n)    e_ij, edges of n tools: P-P, or P-R in either direction
   H, D-N, SS   entropy, distinct, coherence  entropy of words in bits, share of different trigrams, 100 cos(round, next)
 
-Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin), openai-ARM.jsonl
-and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl (what students said), ARM.safetensors.
+Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin; by parts in a folder
+of that name), openai-ARM.jsonl and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl, ARM.safetensors.
 
 Differences from the paper, whose text was read without its tables and prompts: tables are from notes of others
   tools       made up, 550 of them and 136 unseen ones, in place of 16,000 from RapidAPI; or your own. Unseen tools are
@@ -33,17 +34,16 @@ Differences from the paper, whose text was read without its tables and prompts: 
   encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
               that a tool has 6 neighbours on average
   n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
-  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or a served model (no local checkpoint).
-              Sim chats as often in all arms, and refers back as often where it can: a plan chooses and orders the
-              requests so that it can. Texts are phrasings
-              from lists, so H and D-3 measure these lists too.
+  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or --teacher, served or a checkpoint. Sim
+              chats as often in all arms, and refers back as often where it can: a plan chooses and orders the requests
+              so that it can. Texts are phrasings from lists, so H and D-3 measure these lists too.
   rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
   measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
   students    tiny decoders from random weights, whose keys also see the token before, and which first learn single
               requests, in place of an 8B model; loss on the assistant's tokens. Held out are tools and frames of words;
               verbs are known. One simulator makes training and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are
               left out.
-  left out    a local checkpoint as teacher, FSDP, sharegpt and xlam formats, leakage checks
+  left out    sharegpt and xlam formats, leakage checks
 
 Copy out: simgraph, walk, broken_rules, ast_correct, to_hermes with from_hermes, pack with packed_states
 """
@@ -98,32 +98,29 @@ class Config:
     task: str = "world"  # world|graph|synth|sft|bfcl: all of it, made up; real tools' graph; dialogues; tuning; a score
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
+    arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
     students: str = "neither,both"  # arms whose dialogues a student is trained on; "" = none
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # dialogues, first weights, order of training
     data: str = ""  # graph, bfcl: folder of the unzipped package bfcl-eval; sft: JSONL in OpenAI's format
     tools: str = ""  # synth, graph: file of tools (OpenAI, BFCL, or an MCP answer to tools/list); "" = the made world
     encoder: str = ""  # folder or hub id of all-MiniLM-L6-v2 or another BERT-type encoder; "" = hashed n-grams
-    tau: float = 0.0  # cosine above which two tools are joined (paper: 0.82, of its encoder); 0 = by --degree
-    degree: float = 6.0  # mean number of neighbours that tau is chosen for
-    walk: str = "pure"  # pure|last-added: may the walk move onto a tool that it has
+    tau: float = 0.0  # cosine above which two tools are joined (paper: 0.82, of its encoder); 0 = 6 neighbours a tool
     n_tools: str = "3-6"  # fewest-most tools of a dialogue (not stated in the paper)
     show_graph: str = ""  # file .svg or .png to draw the graph and one walk to
-    teacher: str = ""  # synth: an endpoint https://host/v1
+    teacher: str = ""  # synth: an endpoint https://host/v1; or checkpoints, a comma list of folders or hub ids
     model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: folder or hub id
     dialogues: int = 8000  # synth: how many, kept or not (paper: 8000)
     budget: int = 10_000_000  # synth: tokens after which no dialogue is begun
     workers: int = 8  # synth: requests at a time
-    replies: str = ""  # synth: folder of replies, none of which is paid for twice; "" = OUT/replies
     part: int = 100  # dialogues that are made, and written to the file, at a time
     tokens: int = 300_000  # kept tokens of each arm (paper: 8M)
     n_test: int = 300  # held-out dialogues; bfcl: items of each category
     n_layer: int = 3  # layers of a student
-    n_head: int = 4  # its attention heads
-    n_embd: int = 96  # its width
+    n_embd: int = 96  # its width; it has 4 heads
     base_steps: int = 600  # optimizer steps of the base on single requests, from which all students start
     steps: int = 400  # optimizer steps, of all students alike
-    batch_size: int = 4  # packed lines of a step (not stated in the paper)
+    batch_size: int = 4  # packed lines of a step, on all devices (not stated in the paper)
     micro_batch: int = 4  # lines that are in memory at once
     seq_len: int = 512  # tokens of a line, and most of a dialogue
     lr: float = 4e-3  # peak learning rate (not stated in the paper)
@@ -139,38 +136,38 @@ class Config:
     dry_run: bool = False  # print parameters, tokens, cost and hours, and stop
 
     def __post_init__(self):
-        for name, known in dict(arms=list(ARMS), students=self.arms.split(",")).items():
-            named = [arm for arm in getattr(self, name).split(",") if arm or name == "arms"]
-            wrong = not set(named) <= set(known) or len(set(named)) < len(named)
-            if wrong and (name == "arms" or self.task == "world"):
+        arms, students = self.arms.split(","), [arm for arm in self.students.split(",") if arm]
+        for name, value, known in (("arms", arms, [*ARMS]), ("students", students * (self.task == "world"), arms)):
+            if not set(value) <= set(known) or len(set(value)) < len(value):
                 fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
         for name, value in vars(self).items():
-            low, high = dict(seed=0, tau=0, lora_rank=0, lr=0, degree=0).get(name, 1), 1 if name == "tau" else math.inf
+            low, high = dict(seed=0, tau=0, lora_rank=0, lr=0).get(name, 1), 1 if name == "tau" else math.inf
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
         if not re.fullmatch(r"\d-\d", self.n_tools) or not 1 <= int(self.n_tools[0]) <= int(self.n_tools[2]):
             fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
-        if self.n_embd % (2 * self.n_head):
-            fail(f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}")
+        if self.n_embd % 8:
+            fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
         if self.show_graph and not re.search(r"\.(svg|png)$", self.show_graph):
             fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
-        need = dict(synth=("tools", "teacher", "model"), sft=("data", "model"), bfcl=("data", "model"))
+        need = dict(synth=["tools", "teacher", *["model"] * ("://" in self.teacher)], sft=["data", "model"])
+        need["bfcl"] = need["sft"]
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
             fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
 
 
 ARMS = {  # (are a dialogue's tools a walk on the graph, is there a plan)
     "both": (True, True), "no-plan": (True, False), "no-graph": (False, True), "neither": (False, False)}
+SYNTH, SFT = dict(seq_len=8192, part=20, max_new=1024), dict(
+    lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
                   part=20, save_every=3, dialogues=4, max_new=12),
-    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": dict(seq_len=8192, part=4),
-    "small": {}, "small:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200),
-    "small:bfcl": dict(max_new=200), "small:synth": dict(seq_len=8192, part=20),
+    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": SYNTH | dict(part=4),
+    "small": {}, "small:sft": SFT, "small:bfcl": dict(max_new=200), "small:synth": SYNTH,
     "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
-    "long:sft": dict(lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=1000, max_new=200),
-    "long:bfcl": dict(max_new=200), "long:synth": dict(seq_len=8192, part=20),
-    "paper": dict(tokens=8_000_000, tau=0.82), "paper:synth": dict(tau=0.82, seq_len=8192, part=32, workers=32),
+    "long:sft": SFT | dict(steps=1000), "long:bfcl": dict(max_new=200), "long:synth": SYNTH,
+    "paper": dict(tokens=8_000_000, tau=0.82), "paper:synth": SYNTH | dict(tau=0.82, part=32, workers=32),
     "paper:sft": dict(steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5), "paper:bfcl": dict(max_new=512),
 }
 TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
@@ -204,24 +201,17 @@ SHAPES = {  # shape: tools as "verb: parameters -> returns", ? is optional; N is
             "route: origin destination -> minutes"],
 }
 VERBS = {  # verb, the last word of a tool's name: what a user wants to do
-    "find": "find a N|look for a N|search for a N",
-    "reserve": "reserve the N|book the N|make a booking of the N",
-    "cancel": "cancel my N|call off the N|stop my N",
-    "describe": "tell me about the N|describe the N|check the N",
-    "review": "review the N|rate the N|leave stars about the N",
-    "order": "order the N|have the N sent|purchase the N",
-    "track": "track my N|trace the N|see where my N is",
-    "appoint": "see a N|make a visit to the N|schedule a N",
+    "find": "find a N|look for a N|search for a N", "reserve": "reserve the N|book the N|make a booking of the N",
+    "cancel": "cancel my N|call off the N|stop my N", "describe": "tell me about the N|describe the N|check the N",
+    "review": "review the N|rate the N|leave stars about the N", "order": "order the N|have the N sent|purchase the N",
+    "track": "track my N|trace the N|see where my N is", "appoint": "see a N|make a visit to the N|schedule a N",
     "move": "move my N visit|shift the N visit|put off the N visit",
-    "buy": "buy seats at the N|get seats at the N|take seats at the N",
-    "write": "write a N|create a N|make a new N",
-    "send": "send the N|forward the N|pass on the N",
-    "settle": "settle the N|pay the N|pay off the N",
+    "buy": "buy seats at the N|get seats at the N|take seats at the N", "write": "write a N|create a N|make a new N",
+    "send": "send the N|forward the N|pass on the N", "settle": "settle the N|pay the N|pay off the N",
     "weather": "know the weather|hear about the weather|check the weather",
     "convert": "convert money|change money|see what money is worth",
     "remind": "set up a reminder|be told in time|create a reminder",
-    "message": "send a message|write a message|leave a message",
-    "transfer": "transfer money|send money|move money",
+    "message": "send a message|write a message|leave a message", "transfer": "transfer money|send money|move money",
     "route": "find a way|know the way|plan a way",
 }
 KIND = dict(origin="city", destination="city", delivery_date="date") | dict.fromkeys(
@@ -285,21 +275,20 @@ def make_value(kind, rng):
     return rng.choice(TOPICS) if kind == "topic" else "#" + "".join(rng.choices("ABCDEFGHKX23456789", k=3))
 
 
-def schema(name, noun):
-    """JSON schema of a parameter or return."""
-    words, whose = name.replace("_", " "), f" of the {noun}" if noun else ""
-    shown = dict(type="integer" if KIND.get(name, name) in NUMBERS else "string", description=words + whose)
-    return shown | (dict(enum=ENUMS[name]) if name in ENUMS else {})
-
-
 def make_tool(thing, line):
     """What the simulator knows of a tool, with its document in OpenAI's form under "tool"."""
     head = thing.split()[-1] if thing else ""
     verb, params, results = re.fullmatch(r"(\w+): (.*) -> (.*)", line.replace("N", head)).groups()
     names, required = params.replace("?", "").split(), [p for p in params.split() if p[-1] != "?"]
+
+    def schema(name):
+        about = name.replace("_", " ") + f" of the {thing}" * bool(thing)
+        shown = dict(type="integer" if KIND.get(name, name) in NUMBERS else "string", description=about)
+        return shown | (dict(enum=ENUMS[name]) if name in ENUMS else {})
+
     function = dict(name=f"{thing} {verb}".strip().replace(" ", "_"), description=wanted(verb, thing), parameters=dict(
-        type="object", properties={p: schema(p, thing) for p in names}, required=required), results=dict(
-        type="object", properties={r: schema(r, thing) for r in results.split()}))
+        type="object", properties={p: schema(p) for p in names}, required=required), results=dict(
+        type="object", properties={r: schema(r) for r in results.split()}))
     kinds = {name: f"{thing} {name}" if head and name.startswith(head) else KIND.get(name, name)
              for name in names + results.split()}  # ids are of a thing
     return dict(tool=dict(type="function", function=function), verb=verb, thing=thing, required=required,
@@ -308,14 +297,12 @@ def make_tool(thing, line):
 
 def wanted(verb, thing, form=0):
     """What a user wants from a tool, in words."""
-    text = VERBS[verb].split("|")[form].replace("N", thing)
-    return text.replace(" a island", " an island")
+    return VERBS[verb].split("|")[form].replace("N", thing).replace(" a island", " an island")
 
 
 @functools.cache
 def library(unseen=False):
-    """{name: tool of the world}. For each last word four things are in training, and one is unseen; the words of an
-    unseen thing are in training apart."""
+    """{name: tool}. For each last word four things are in training; one is unseen, whose words training has apart."""
     tools = [] if unseen else [make_tool("", line) for line in SHAPES["any"]]
     for shape, heads in HEADS.items():
         for head in heads.split():
@@ -333,12 +320,17 @@ FOREIGN = dict(dict="object", float="number", tuple="array", any=None)  # types 
 
 
 def normal_schema(schema):
-    """A JSON schema with OpenAI's names of types, at any depth."""
+    """A JSON schema with OpenAI's names of types, at any depth; what may be null has "null" among its types."""
     if not isinstance(schema, dict):
         return schema
-    kind = schema.get("type")
-    kind = FOREIGN.get(kind, kind) if isinstance(kind, str) else kind
-    out = schema | dict(type=kind, items=normal_schema(schema.get("items")))
+    kinds = schema.get("type") if isinstance(schema.get("type"), list) else [schema.get("type")]
+    kinds = [FOREIGN.get(kind, kind) if isinstance(kind, str) else None for kind in kinds]
+    kinds += ["null"] * (schema.get("nullable") is True and "null" not in kinds)
+    out = schema | dict(type=None if None in kinds else kinds[0] if len(kinds) == 1 else kinds, nullable=None,
+                        items=normal_schema(schema.get("items")))
+    out["required"] = schema["required"] if isinstance(schema.get("required"), list) else None
+    if isinstance(schema.get("anyOf"), list):
+        out["anyOf"] = [normal_schema(part) for part in schema["anyOf"] + [dict(type="null")] * ("null" in kinds)]
     if isinstance(schema.get("properties"), dict):
         out["properties"] = {name: normal_schema(part) for name, part in schema["properties"].items()}
     return {key: part for key, part in out.items() if part is not None}
@@ -347,20 +339,22 @@ def normal_schema(schema):
 def normal_tool(raw, where):
     """A tool in OpenAI's form, its returns under "results"; and under "given_name" its name, if OpenAI forbids that."""
     f = raw.get("function", raw) if isinstance(raw, dict) else {}
-    name = f.get("name") if isinstance(f, dict) else None
-    if not isinstance(name, str) or not name.strip():
+    given = f.get("name") if isinstance(f, dict) else None
+    if not isinstance(given, str) or not given.strip():
         fail(f"{where}: a tool needs a text \"name\"")
     schemas = [normal_schema(next((f[key] for key in keys.split() if f.get(key)), {})) for keys in (
         "parameters inputSchema", "results response outputSchema")]
     for part in schemas:
         properties = part.get("properties", {}) if isinstance(part, dict) else None
         if not isinstance(properties, dict) or not all(isinstance(p, dict) for p in properties.values()):
-            fail(f"{where}: parameters and returns of {name!r} must be JSON schemas whose properties are objects")
+            fail(f"{where}: parameters and returns of {given!r} must be JSON schemas whose properties are objects")
         if unknown := set(map(str, part.get("required", ()))) - properties.keys():
-            fail(f"{where}: {name!r} requires {', '.join(sorted(unknown))}, which is no property of it")
-    function = dict(name=re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64], description=str(f.get("description") or ""),
+            fail(f"{where}: {given!r} requires {', '.join(sorted(unknown))}, which is no property of it")
+    name, odd = re.sub(r"[^a-zA-Z0-9_-]", "_", given), not given.isascii() or len(given) > 64
+    name = f"{name[:55]}_{zlib.crc32(given.encode()):08x}" if odd else name  # different names stay different
+    function = dict(name=name, description=str(f.get("description") or ""),
                     parameters=dict(type="object", properties={}) | schemas[0], results=schemas[1])
-    return dict(type="function", function=function | (dict(given_name=name) if function["name"] != name else {}))
+    return dict(type="function", function=function | (dict(given_name=given) if given != name else {}))
 
 
 def name_of(tool):
@@ -369,17 +363,17 @@ def name_of(tool):
 
 def read_json_lines(path):
     """[(where, value)] of a file of JSON, or of JSON lines."""
+    where, rows = str(path), []
     try:
         text = path.read_text("utf-8")
         with contextlib.suppress(ValueError):
-            return [(str(path), json.loads(text))]
-        where, rows = str(path), []
+            return [(where, json.loads(text))]
         for n, line in enumerate(text.split("\n"), 1):
             where = f"{path} line {n}"
             rows += [(where, json.loads(line))] if line.strip() else []
         return rows
     except (OSError, ValueError, RecursionError) as error:
-        fail(f"{where if 'where' in locals() else path}: no JSON or JSON lines: {error}")
+        fail(f"{where}: no JSON or JSON lines: {error}")
 
 
 def load_tools(path):
@@ -427,20 +421,18 @@ PIECE = re.compile("|".join(re.escape(f) for f in sorted(FRAGMENTS, key=len, rev
 
 
 class Words:
-    """The student's tokenizer. A word, a syllable of a name, a digit, a sign, a piece of JSON is one token, so that any
-    value is copied in a few."""
+    """The student's tokens: words, syllables of names, digits, signs, pieces of JSON; a value is a few to copy."""
 
     def __init__(self):
         texts = [json.dumps(tool["tool"]) for tool in [*library().values(), *library(True).values()]]
-        texts += [" ".join(bank) for bank in BANKS.values()] + [*VERBS, *VERBS.values()]
-        texts += [*PREPOSITIONS.values(), *MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS]
-        texts += ["an tools with using by error gone"]
-        words = sorted(set(re.findall("[a-z]+", " ".join(texts))))
+        texts += [" ".join(bank) for bank in BANKS.values()] + [*VERBS, *VERBS.values(), *PREPOSITIONS.values()]
+        texts += [*MONTHS, *sum(ENUMS.values(), []), *FIRST, *TOPICS, "an tools with using by error gone"]
         heads, tails = [s.capitalize() for s in SYLLABLES], ["~" + s for s in SYLLABLES]
-        self.words = [*ROLES, "<end>", *FRAGMENTS, *SIGNS, *DIGITS, *LETTERS, *heads, *tails, *words]
-        self.index = {word: i for i, word in enumerate(self.words)}
-        self.head, self.stop, self.between = {role: [i] for i, role in enumerate(ROLES)}, [len(ROLES)], []
+        self.words = [*ROLES, "<end>", *FRAGMENTS, *SIGNS, *DIGITS, *LETTERS, *heads, *tails,
+                      *sorted(set(re.findall("[a-z]+", " ".join(texts))))]
+        self.index, self.stop = {word: i for i, word in enumerate(self.words)}, [len(ROLES)]
 
+    @functools.lru_cache(2**12)
     def encode(self, text):
         """Ids; what has no token is left out, and control tokens have none here."""
         pieces = []
@@ -448,6 +440,11 @@ class Words:
             name = piece[0].isupper() and len(piece) > 1
             pieces += [piece[:2], *("~" + piece[i : i + 2] for i in range(2, len(piece), 2))] if name else [piece]
         return [self.index[piece] for piece in pieces if self.index.get(piece, 0) > len(ROLES)]
+
+    def chat(self, messages):
+        """Ids of messages up to where the assistant's answer begins, as a checkpoint's tokenizer gives them."""
+        turns = ([self.index[m["role"]], *self.encode(m["content"]), *self.stop] for m in messages)
+        return [*itertools.chain.from_iterable(turns), self.index["assistant"]]
 
     def decode(self, ids):
         """The text: blanks stand between words, but not in a number, an id or a name."""
@@ -681,7 +678,7 @@ class StudentLayer(Layer):
 
 def student_shape(cfg, tok):
     return read_shape(dict(model_type="llama", hidden_size=cfg.n_embd, intermediate_size=8 * cfg.n_embd // 3 // 8 * 8,
-                           num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
+                           num_hidden_layers=cfg.n_layer, num_attention_heads=4, tie_word_embeddings=True,
                            vocab_size=len(tok.words)))
 
 
@@ -738,8 +735,8 @@ def merge_tools(tools, embed):
     """Tools without near-duplicates, which would be neighbours and no complements, and how many those are: equal names
     but for case and signs, or all parameters (> 0.95) and the descriptions (> 0.9) alike. (our choice)"""
     named = {}
-    for tool in tools:
-        named.setdefault(re.sub(r"[\W_]", "", tool["function"]["name"].lower()), tool)
+    for name, tool in ((name_of(tool), tool) for tool in tools):
+        named.setdefault("".join(c for c in name.lower() if c.isalnum() or not c.isascii()) or name, tool)
     first, kept = list(named.values()), []
     texts, owner, _ = tool_texts([dict(function=dict(tool["function"], results={})) for tool in first])
     about = embed([tool["function"]["description"] for tool in first])  # (n, d)
@@ -762,46 +759,41 @@ def components(edges):
     return label
 
 
-def walk(edges, n, rng, kind="pure", most=10_000):
-    """n different nodes of a walk along edges (Alg. 1). pure: move to any neighbour; last-added: draw neighbours of the
-    node that was added last. It starts only where n nodes can be reached, and raises if that is nowhere; a walk of
-    `most` steps (last-added has dead ends) starts anew, at most 100 times."""
-    label = components(edges)
+def walk(edges, n, rng, label=None):
+    """n different nodes of a random walk along edges (Alg. 1). It starts only where n nodes can be reached, and raises
+    if that is nowhere. label: components(edges), where they are known."""
+    label = components(edges) if label is None else label
     starts = (label.bincount(minlength=len(edges))[label] >= n).nonzero()[:, 0].tolist()
     if not starts:
         raise ValueError(f"no component of the graph has {n} tools: lower --tau, or --n-tools")
-    for _ in range(100):
-        node = rng.choice(starts)  # Alg. 1 l.1
-        found = [node]
-        for _ in range(most):
-            if len(found) == n:  # Alg. 1 l.3
-                return found
-            drawn = rng.choice(edges[node].nonzero()[:, 0].tolist())  # Alg. 1 l.2
-            node = drawn if kind == "pure" or drawn not in found else node
-            found += [drawn] * (drawn not in found)
-    raise ValueError(f"100 walks of {most} steps did not meet {n} tools")
+    node = rng.choice(starts)  # Alg. 1 l.1
+    found = [node]
+    while len(found) < n:  # Alg. 1 l.3
+        node = rng.choice(edges[node].nonzero()[:, 0].tolist())  # Alg. 1 l.2
+        found += [node] * (node not in found)
+    return found
 
 
-def build_graph(cfg, tools, embed):
-    """Edges (n, n) of a list of tools. Where tau is not given it is as dense as --degree says."""
+def build_graph(cfg, tools, embed, degree=6):
+    """Edges (n, n) of tools, and their components (n,). If tau is 0 it is one with `degree` neighbours on average."""
     texts, owner, returns = tool_texts(tools)
     x, tau, n = embed(texts), cfg.tau, len(tools)
     if not tau:
         best = torch.maximum(*pair_scores(x, owner, n, returns))[torch.ones(n, n, dtype=torch.bool).triu(1)]
-        tau = float(best.sort(descending=True).values[min(len(best) - 1, round(cfg.degree * n / 2))])
+        tau = float(best.sort(descending=True).values[min(len(best) - 1, round(degree * n / 2))])
     edges = simgraph(x, owner, n, tau, returns, cfg.kernels)
-    degree, sizes = edges.sum(1), sorted(components(edges).bincount().tolist())
+    near, label = edges.sum(1), components(edges)
     print(f"graph: {n} tools, {len(texts)} texts ({sum(text.endswith(': ') for text in texts)} without a description), "
-          f"tau {tau:.3f}, {int(degree.sum()) // 2} edges, {int((degree == 0).sum())} isolated, mean degree "
-          f"{degree.float().mean():.1f}, largest components {sizes[:-4:-1]}")
-    return edges
+          f"tau {tau:.3f}, {int(near.sum()) // 2} edges, {int((near == 0).sum())} isolated, mean degree "
+          f"{near.float().mean():.1f}, largest components {sorted(label.bincount().tolist())[:-4:-1]}")
+    return edges, label
 
 
-def subset(cfg, edges, graph, i):
+def subset(cfg, edges, label, graph, i):
     """The tools of dialogue i: a walk, or equally many at random."""
     rng = random_of("subset", cfg.seed, i)
     n = rng.randint(int(cfg.n_tools[0]), int(cfg.n_tools[2]))
-    return walk(edges, n, rng, cfg.walk) if graph else rng.sample(range(len(edges)), n)
+    return walk(edges, n, rng, label) if graph else rng.sample(range(len(edges)), n)
 
 
 # Agents (Sec. 2.3): what a language model is asked, and how its reply is read. All replies are JSON, so that one that
@@ -825,50 +817,46 @@ TOOL = """You play this tool:\n{tool}
 It was called with {arguments}. Reply with its result, a JSON object with the properties {results}, and nothing else."""
 
 
+def record(**properties):
+    """The JSON schema of an object with these properties, and perhaps more."""
+    return dict(type="object", properties=properties, required=[*properties], additionalProperties=True)
+
+
+TEXT = dict(type="string")
+
+
 class Dropped(Exception):
     """A dialogue that cannot go on, and the rule that says why."""
 
 
-def read_json(text, kind):
-    """The JSON value in a reply, fenced or not; ValueError if there is none of this kind."""
+def read_json(text, shape):
+    """The JSON of a schema in a reply, fenced or not, else ValueError: a reply that was cut lacks its last bracket."""
     found = re.search(r"[\[{].*[\]}]", text or "", re.S)
     value = json.loads(found[0] if found else "")
-    if not isinstance(value, kind):
-        raise ValueError("another kind of JSON")
+    if not fits(value, shape):
+        raise ValueError("JSON of another form")
     return value
 
 
 def read_plan(text, n, names):
-    """[{"type", "request"}] out of JSON, or of lines "k. Tool Call Request: ..."; n - 1 to n + 1 of them, one for a
-    tool at least, none that names one. (our choice)"""
-    lines = re.findall(r"^\s*\d+[.)]\s*\**(tool|chit)[^:\n]*:\**\s*(.+)$", text or "", re.M | re.I)
-    items = [dict(type="tool" if kind.lower() == "tool" else "chitchat", request=request) for kind, request in lines]
-    items = items or [{key: str(item[key]) for key in ("type", "request")} for item in read_json(text, list)
-                      if isinstance(item, dict) and {"type", "request"} <= item.keys()]
+    """[{"type", "request"}]: n - 1 to n + 1 of them, one for a tool at least, none that names one. (our choice)"""
+    shape = dict(type="array", items=record(type=dict(enum=["tool", "chitchat"]), request=TEXT))
+    items = [{key: item[key] for key in ("type", "request")} for item in read_json(text, shape)]
     if abs(len(items) - n) > 1 or all(item["type"] != "tool" for item in items) or any(
-            item["type"] not in ("tool", "chitchat") or not item["request"].strip() or leaks(item["request"], names)
-            for item in items):
+            not item["request"].strip() or leaks(item["request"], names) for item in items):
         raise ValueError("no plan as asked for")
     return items
 
 
 def read_reply(text):
     """What the assistant says, or its calls [(name, arguments, {})]; arguments may be JSON in a string."""
-    value, calls = read_json(text, dict), []
-    if isinstance(value.get("say"), str) and value["say"].strip():
-        return value["say"], []
-    for call in value["calls"]:
+    value, calls = read_json(text, record()), []
+    for call in value.get("calls") or ():
         arguments = json.loads(call["arguments"]) if isinstance(call["arguments"], str) else call["arguments"]
         calls.append((str(call["name"]), dict(arguments), {}))
-    return (None, calls) if calls else read_reply("")
-
-
-def read_message(text):
-    value = read_json(text, dict)
-    if not isinstance(value["message"], str) or not isinstance(value["done"], bool):
-        raise ValueError("no message")
-    return dict(done=value["done"], message=value["message"], request=value["message"],
-                type="chitchat" if value.get("type") == "chitchat" else "tool")
+    if not calls and not value["say"].strip():
+        raise ValueError("neither a text nor a call")
+    return None if calls else value["say"], calls
 
 
 class Agents:
@@ -879,34 +867,39 @@ class Agents:
         self.docs, self.most = {tool["function"]["name"]: tool["function"] for tool in tools}, most
         self.shown = "\n".join(json.dumps(without_results(tool)["function"]) for tool in tools)
 
-    def ask(self, rule, read, temperature, form, **parts):
+    def ask(self, rule, temperature, prompt, read=None, **properties):
+        """What `read` makes of the reply, or a JSON object with these properties."""
+        read = read or functools.partial(read_json, shape=record(**properties))
         for n in range(3):
-            text = yield form.format(**parts), temperature, n
-            with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+            text = yield prompt, temperature, n
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 return read(text)
         raise Dropped(rule)
 
     def plan(self):
         docs = "\n".join(map(json.dumps, self.docs.values()))  # with returns: the plan may build on them
-        read = functools.partial(read_plan, n=self.most, names=self.docs)
-        items = yield from self.ask("no plan", read, 1.0, PLAN, n=self.most, tools=docs)
+        items = yield from self.ask("no plan", 1.0, PLAN.format(n=self.most, tools=docs),
+                                    lambda text: read_plan(text, self.most, self.docs))
         self.most = len(items)
         return items
 
     def user(self, plan, k, messages):
         told = "\n".join(f"{i}. {item['request']}" for i, item in enumerate(plan or (), 1))
         task = WITH_PLAN.format(plan=told, k=k + 1) if plan else NO_PLAN.format(tools=self.shown)
-        return (yield from self.ask("no message", read_message, 1.0, USER, task=task, history=history(messages)))
+        said = yield from self.ask("no message", 1.0, USER.format(task=task, history=history(messages)),
+                                   done=dict(type="boolean"), message=TEXT)
+        kind = "chitchat" if said.get("type") == "chitchat" else "tool"
+        return dict(done=said["done"], message=said["message"], request=said["message"], type=kind)
 
     def assistant(self, messages):
-        return (yield from self.ask("F1", read_reply, 0.2, ASSIST, tools=self.shown, history=history(messages)))
+        return self.ask("F1", 0.2, ASSIST.format(tools=self.shown, history=history(messages)), read_reply)
 
     def tool(self, name, arguments):
-        if name not in self.docs:
+        doc = self.docs.get(name)
+        if not doc:
             raise Dropped("F1")
-        results = ", ".join(self.docs[name].get("results", {}).get("properties", {})) or "that fit its description"
-        return (yield from self.ask("F3", functools.partial(read_json, kind=dict), 0.7, TOOL, tool=json.dumps(
-            self.docs[name]), arguments=json.dumps(arguments), results=results))
+        results = ", ".join(doc.get("results", {}).get("properties", {})) or "that fit its description"
+        return self.ask("F3", 0.7, TOOL.format(tool=json.dumps(doc), arguments=json.dumps(arguments), results=results))
 
 
 def history(messages):
@@ -955,11 +948,6 @@ def converse(teacher, with_plan):
 
 
 # The teacher of the made world
-def phrase(rng, act, held, *fills):
-    """A phrasing of an act; those behind the bar only if `held`, and then no others."""
-    return rng.choice(BANKS[act][held].split(";")).format(*fills)
-
-
 def linked(names):
     """Kinds, out of {name: kind}, that one refers back to."""
     return [kind for kind in names.values() if LINKED.fullmatch(kind)]
@@ -974,6 +962,10 @@ class Sim:
         self.said, self.returned = {}, {}  # kind: (value, name) of the latest
         self.goals, self.missing, self.gone, self.facts, self.results = [], {}, set(), {}, []
         self.k, self.most = -1, most or self.draw("turns").randint(3, 5)
+
+    def phrase(self, rng, act, *fills):
+        """A phrasing of an act; those behind the bar only if `held`, and then no others."""
+        return rng.choice(BANKS[act][self.held].split(";")).format(*fills)
 
     def pick(self, k):
         """Tools of request k without a plan, each at random: one, or two in a fifth of the requests."""
@@ -1016,10 +1008,10 @@ class Sim:
         if p not in tool["required"] and keep < 0.6:
             return None
         if LINKED.fullmatch(kind) and kind in found and back < 0.7:
-            return found[kind][0], phrase(rng, "returned", self.held, found[kind][1].replace("_", " ")), "return"
+            return found[kind][0], self.phrase(rng, "returned", found[kind][1].replace("_", " ")), "return"
         if LINKED.fullmatch(kind) and kind in self.said and again < 0.5:
             value, name = self.said[kind]
-            return value, phrase(rng, "said", self.held, name.replace("_", " ")), "earlier"
+            return value, self.phrase(rng, "said", name.replace("_", " ")), "earlier"
         forgotten = p in tool["required"] and forget < 0.06
         return fresh, "" if forgotten else str(fresh), "clarified" if forgotten else "current"
 
@@ -1045,7 +1037,7 @@ class Sim:
         if self.missing:
             p, (kind, value) = self.missing.popitem()
             self.said[kind] = value, p
-            return dict(done=False, message=phrase(self.draw("given", k, p), "given", self.held, value))
+            return dict(done=False, message=self.phrase(self.draw("given", k, p), "given", value))
         self.k, self.step, self.results = self.k + 1, 0, []
         if self.k == self.most:
             return dict(done=True, message="")
@@ -1055,14 +1047,14 @@ class Sim:
             self.said |= {self.world[name]["params"][p]: (value, p) for p, (value, origin) in args.items()
                           if origin == "current"}
         rng = self.draw("user", self.k)
-        text = f" {phrase(rng, 'and', self.held)} ".join(parts)
-        return dict(item, done=True, message=phrase(rng, "ask" if parts else "chat", self.held, text))
+        text = f" {self.phrase(rng, 'and')} ".join(parts)
+        return dict(item, done=True, message=self.phrase(rng, "ask" if parts else "chat", text))
 
     def assistant(self, messages):
         """Asks for what is missing, makes all calls of which the arguments are known, or says what was found."""
         rng, self.step = self.draw("assistant", self.k, self.step), self.step + 1
         if self.missing:
-            return phrase(rng, "missing", self.held, list(self.missing)[-1].replace("_", " ")), []
+            return self.phrase(rng, "missing", list(self.missing)[-1].replace("_", " ")), []
         broken = any("error" in result for result in self.results)
         ready = [goal for j, goal in enumerate(self.goals) if j == 0 or all(v is not None for v, _ in goal[1].values())]
         if ready and not broken:
@@ -1073,7 +1065,7 @@ class Sim:
         self.goals = []
         facts = " and ".join(f"the {r.replace('_', ' ')} is {v}" for found in self.results for r, v in found.items())
         act = "sorry" if broken else "done" if self.results else "reply"
-        return phrase(rng, act, self.held, "it is gone" if broken else facts), []
+        return self.phrase(rng, act, "it is gone" if broken else facts), []
 
     def tool(self, name, arguments):
         """The result of a call, the same for the same call. Facts of a thing stay, and what is cancelled is gone."""
@@ -1096,36 +1088,48 @@ RULES = {"F1": "a call is no JSON, or not of these tools", "F2": "a call without
          "F5": "a request for a tool without a call, or chitchat with one", "F6": "requests are left",
          "F7": "an argument that nobody said", "F8": "the user names a tool", "F9": "near to an earlier dialogue",
          "F10": "too long"}
-TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict)
+TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict, null=type(None))
 NEXT = {"": ["user"], "user": ["assistant"], "assistant": ["user"], "calls": ["tool"], "tool": ["tool", "assistant"]}
 
 
 def fits(value, shape):
-    """Is a value of a JSON schema's type, and of its enum?"""
-    kind = TYPES.get(shape.get("type"), object)
-    right = isinstance(value, kind) and (kind in (bool, object) or not isinstance(value, bool))
-    return right and value in shape.get("enum", [value])
+    """Is a value of a JSON schema's types and of its enum, and are its parts?"""
+    if not isinstance(shape, dict) or "anyOf" in shape:
+        return not isinstance(shape, dict) or any(fits(value, part) for part in shape["anyOf"])
+    kinds, known = shape.get("type"), shape.get("properties")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if value is None and "null" in kinds:
+        return True
+    right = any(isinstance(value, TYPES.get(kind, object)) and (kind not in ("integer", "number") or not isinstance(
+        value, bool)) for kind in kinds) and value in shape.get("enum", [value])
+    if isinstance(value, dict) and known is not None:
+        right &= set(shape.get("required", ())) <= value.keys() and all(
+            fits(part, known.get(name)) and (name in known or shape.get("additionalProperties"))
+            for name, part in value.items())
+    return right and (not isinstance(value, list) or all(fits(part, shape.get("items")) for part in value))
 
 
 def grounded(value, shape, seen):
-    """F7: is it in what the user said and tools returned, or in the schema? Parts of a list or dict each for itself."""
-    if isinstance(value, (list, dict)):
-        return all(grounded(v, {}, seen) for v in (value.values() if isinstance(value, dict) else value))
-    plain = isinstance(value, bool) or value is None or value in shape.get("enum", ()) or value == shape.get("default")
-    return plain or re.search(rf"(?<!\w){re.escape(str(value).lower())}(?!\w)", seen) is not None
+    """F7: is it a default or in an enum, or in what the user said and tools returned? Or are all of its parts?"""
+    shape = shape if isinstance(shape, dict) else {}
+    if any(fits(value, part) and grounded(value, part, seen) for part in shape.get("anyOf", ())):
+        return True
+    if isinstance(value, bool) or value is None or value in shape.get("enum", ()) or value == shape.get("default"):
+        return True
+    if isinstance(value, dict):
+        return all(grounded(v, shape.get("properties", {}).get(name), seen) for name, v in value.items())
+    if isinstance(value, list):
+        return all(grounded(v, shape.get("items"), seen) for v in value)
+    return re.search(rf"(?<!\w){re.escape(str(value).lower())}(?!\w)", seen) is not None
 
 
 def call_breaks(call, docs, seen):
     """F1 and F7 of one call."""
     try:
         arguments, shape = json.loads(call["arguments"]), docs[call["name"]]["parameters"]
-        known = shape.get("properties", {})
-        if not (set(shape.get("required", ())) <= arguments.keys() <= known.keys()
-                and all(fits(value, known[p]) for p, value in arguments.items())):
-            return {"F1"}
-    except (ValueError, LookupError, AttributeError, RecursionError):
+        return {"F1"} if not fits(arguments, shape) else set() if grounded(arguments, shape, seen) else {"F7"}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {"F1"}
-    return set() if all(grounded(value, known[p], seen) for p, value in arguments.items()) else {"F7"}
 
 
 def result_fits(content, doc):
@@ -1138,52 +1142,41 @@ def result_fits(content, doc):
 
 def broken_rules(dialogue, tools, most_tokens=math.inf):
     """The rules that a dialogue breaks, F9 aside. Contents are data: they are compared, and never followed."""
-    docs, broken = {tool["function"]["name"]: tool["function"] for tool in tools}, set()
-    seen, last, waiting, used = "", "", {}, []
+    docs, checks = {tool["function"]["name"]: tool["function"] for tool in tools}, []  # (rule, is it broken?)
+    seen, last, waiting, used, said = "", "", {}, [], []
     for m in dialogue["messages"]:
         calls, content, role = m.get("tool_calls", []), m["content"] or "", m["role"]
-        broken |= {"F2"} if waiting and role != "tool" else set()
-        broken |= {"F1"} if role == "assistant" and "<tool_call>" in content else set()
+        checks += [("F1", role == "assistant" and "<tool_call>" in content), ("F2", len(waiting) and role != "tool"),
+                   ("F4", role not in NEXT[last] or not (calls or content.strip()))]
         for call in calls:
-            broken |= call_breaks(call["function"], docs, seen) | ({"F2"} if call["id"] in waiting else set())
+            checks += [(rule, True) for rule in call_breaks(call["function"], docs, seen)]
+            checks.append(("F2", call["id"] in waiting))
             waiting[call["id"]] = call["function"]["name"]
         if role == "tool":
             name = waiting.pop(m["tool_call_id"], None)
-            broken |= set() if name else {"F2"}
-            broken |= set() if result_fits(content, docs.get(name, {})) else {"F3"}
-        broken |= {"F4"} if role not in NEXT[last] or not (calls or content.strip()) else set()
-        used += [0] * (role == "user")
-        used[-1:] = [used[-1] + len(calls)] if used else []
+            checks += [("F2", name is None), ("F3", not result_fits(content, docs.get(name, {})))]
+        if role == "user":
+            said.append(content)
+            used.append(0)
+        used[-1:] = [n + len(calls) for n in used[-1:]]
         seen += "\n" + content.lower() if role in ("user", "tool") else ""
         last = "calls" if calls else role
-    said = [m["content"] for m in dialogue["messages"] if m["role"] == "user"]
-    broken |= {"F2"} if waiting else set()
-    broken |= {"F4"} if last != "assistant" or len(set(said)) < len(said) else set()
-    by_item = Counter()
-    for k, n in zip(dialogue["about"], used):
-        by_item[k] += n
-    plan = [(item["type"] == "tool", by_item[k] > 0) for k, item in enumerate(dialogue["plan"]) if k in by_item]
-    broken |= {"F5"} if any(due != made for due, made in plan) else set()
-    broken |= set() if dialogue["ended"] else {"F6"}
-    broken |= {"F8"} if any(leaks(text, docs) for text in said) else set()
-    return broken | ({"F10"} if dialogue["tokens"] > most_tokens else set())
+    called = {k for k, n in zip(dialogue["about"], used) if n}
+    checks += [("F5", (item["type"] == "tool") != (k in called)) for k, item in enumerate(dialogue["plan"])
+               if k in dialogue["about"]]
+    checks += [("F2", len(waiting)), ("F4", last != "assistant" or len(set(said)) < len(said)),
+               ("F6", not dialogue["ended"]), ("F8", any(leaks(text, docs) for text in said)),
+               ("F10", dialogue["tokens"] > most_tokens)]
+    return {rule for rule, broken in checks if broken}
 
 
-class Near:
-    """F9: is the Jaccard index of 8-grams of words with those of an earlier dialogue above 0.7?"""
-
-    def __init__(self):
-        self.sizes, self.where = [], {}
-
-    def __call__(self, dialogue):
-        words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
-        grams = {zlib.crc32(" ".join(words[i : i + 8]).encode()) for i in range(max(1, len(words) - 7))}
-        both = Counter(i for gram in grams for i in self.where.get(gram, ()))
-        near = any(n / (len(grams) + self.sizes[i] - n) > 0.7 for i, n in both.items())
-        for gram in () if near else grams:
-            self.where.setdefault(gram, []).append(len(self.sizes))
-        self.sizes += [] if near else [len(grams)]
-        return near
+def near(dialogue, earlier):
+    """F9: is the Jaccard index of its 8-grams of words with a set of `earlier` above 0.7? If not it joins these."""
+    words = " ".join(m["content"] or "" for m in dialogue["messages"] if m["role"] in ("user", "assistant")).split()
+    grams = {tuple(words[i : i + 8]) for i in range(max(1, len(words) - 7))}
+    found = any((n := len(grams & other)) > 0.7 * (len(grams) + len(other) - n) for other in earlier)
+    earlier += [] if found else [grams]
+    return found
 
 
 # Formats
@@ -1211,9 +1204,10 @@ def to_hermes(row):
     """The same messages as text alone: the tools in a system message, calls and results in tags."""
     shown = [dict(role="system", content=HERMES.format(escaped(row["tools"])))]
     for m in row["messages"]:
-        calls = [dict(name=call["function"]["name"], arguments=json.loads(call["function"]["arguments"]))
+        calls = [dict(name=call["function"]["name"], arguments=dict(json.loads(call["function"]["arguments"])))
                  for call in m.get("tool_calls") or ()]
-        content = "\n".join(f"<tool_call>\n{escaped(call)}\n</tool_call>" for call in calls) or m["content"]
+        said = [m["content"]] if m.get("content") else []
+        content = "\n".join([*said, *(f"<tool_call>\n{escaped(call)}\n</tool_call>" for call in calls)])
         if m["role"] == "tool":
             with contextlib.suppress(ValueError):  # a result of somebody else's file may be plain text
                 content = json.loads(content)
@@ -1230,7 +1224,8 @@ def from_hermes(row):
         if calls:
             waiting = [f"call_{n + j}" for j in range(len(calls))]
             n += len(calls)
-            messages.append(dict(role="assistant", content=None, tool_calls=[dict(id=i, type="function", function=dict(
+            said = m["content"].partition("<tool_call>")[0].removesuffix("\n") or None
+            messages.append(dict(role="assistant", content=said, tool_calls=[dict(id=i, type="function", function=dict(
                 name=name, arguments=json.dumps(arguments))) for i, (name, arguments) in zip(waiting, calls)]))
         elif m["role"] == "tool":
             value = json.loads(m["content"].removeprefix("<tool_response>\n").removesuffix("\n</tool_response>"))
@@ -1241,26 +1236,23 @@ def from_hermes(row):
 
 
 def read_hermes(text):
-    """Calls [(name, arguments)] in a model's reply; those that cannot be read are left out."""
+    """Calls [(name, arguments)] in a reply. Unreadable ones are left out; a name that is no text is "", no tool's."""
     calls = []
     for body in re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", text, re.S):
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             call = json.loads(body)
-            calls.append((call["name"], dict(call["arguments"])))
+            calls.append((call["name"] if isinstance(call["name"], str) else "", dict(call["arguments"])))
     return calls
 
 
-def signature(function):
-    """A tool in a line, for the small student: name(parameter, optional?)."""
-    required, names = function["parameters"].get("required", ()), function["parameters"].get("properties", {})
-    return f"{function['name']}({', '.join(name + '?' * (name not in required) for name in names)})"
-
-
 def shown(row, brief):
-    """Messages of a row as text, as a model sees them; `brief`: of the tools the signatures alone."""
+    """Messages of a row as text, as a model sees them; `brief`: of a tool only a line name(parameter, optional?)."""
     system, *rest = to_hermes(row)["messages"]
     if brief:
-        system["content"] = "\n".join(["tools", *(signature(tool["function"]) for tool in row["tools"])])
+        system["content"] = "tools"
+        for name, shape in ((tool["function"]["name"], tool["function"]["parameters"]) for tool in row["tools"]):
+            words = (p + "?" * (p not in shape.get("required", ())) for p in shape.get("properties", ()))
+            system["content"] += f"\n{name}({', '.join(words)})"
     if rest and rest[0]["role"] == "system":  # somebody else's file may have its own: the tools stand below it
         system["content"] = rest.pop(0)["content"] + ("\n" + system["content"]) * bool(row["tools"])
         return [system, *rest]
@@ -1268,37 +1260,47 @@ def shown(row, brief):
 
 
 # Making the data
-def finish(cfg, dialogue, tools, near, tok=None):
-    """A dialogue with its length and the rules that it breaks. Tokens are a tokenizer's, or characters / 4."""
-    try:
-        row = to_openai(dialogue, tools)
-        dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
-    except (ValueError, TypeError, AttributeError):
-        dialogue["tokens"] = 0  # a call that is no JSON, which is F1
-    broken = broken_rules(dialogue, tools, cfg.seq_len)
-    broken = {"F9"} if not broken and near(dialogue) else broken
-    return dialogue | dict(broken=sorted(broken, key=lambda rule: int(rule[1:])))
+def finish(cfg, dialogue, tools, tok=None):
+    """A dialogue with its length, in a tokenizer's tokens or characters / 4, and the rules that it breaks."""
+    if not dialogue["messages"]:
+        return dialogue
+    row = to_openai(dialogue, tools)
+    dialogue["tokens"] = len(encode_row(tok, row, True)[0]) if tok else len(json.dumps(to_hermes(row))) // 4
+    return dialogue | dict(broken=sorted(broken_rules(dialogue, tools, cfg.seq_len), key=lambda rule: int(rule[1:])))
 
 
-def sim_dialogues(cfg, run, arm, world, edges, tok):
-    """Dialogues of an arm, kept or dropped, until the kept ones have cfg.tokens tokens; by parts to a JSONL file."""
-    (graph, with_plan), path, names, near = ARMS[arm], run.out / f"dialogues-{arm}.jsonl", list(world), Near()
-    rows, log = read_rows(path, cfg.part), Log(run, f"dialogues {arm}", cfg.tokens)
-    for row in rows:  # of a former call
-        _ = row["broken"] or near(row)
-    while (have := sum(row["tokens"] for row in rows if not row["broken"])) < cfg.tokens:
-        new = []
-        for i in range(len(rows), len(rows) + cfg.part):
-            picked = [names[j] for j in subset(cfg, edges, graph, i)]
-            made = last_value(converse(Sim(cfg.seed, i, world, picked), with_plan)) | dict(id=i, tools=picked)
-            new.append(finish(cfg, made, [world[name]["tool"] for name in picked], near, tok))
-        append_rows(path, new)
-        rows += new
-        log(have)
-        if len(rows) >= 50 * cfg.part and have == 0:
-            fail(f"arm {arm}: nothing passes the rules, see \"broken\" in {path}: raise --seq-len")
+def make_dialogues(cfg, run, name, make, have, goal, tok=None):
+    """Dialogues, kept or dropped, until have(rows) is `goal`: by parts, each a file, which a kill leaves whole or out.
+    make(ids): those dialogues, each with its tools."""
+    rows, earlier, log, folder = [], [], Log(run, name, goal), run.out / name
+    folder.mkdir(exist_ok=True)
+    while (path := folder / f"{len(rows):06}.jsonl").exists() or have(rows) < goal:
+        if not path.exists():
+            made = make(range(len(rows), len(rows) + cfg.part))
+            write_lines(path, [finish(cfg, dialogue, tools, tok) for dialogue, tools in made])
+        for _, row in read_json_lines(path):
+            row["broken"] += ["F9"] if not row["broken"] and near(row, earlier) else []
+            rows.append(row)
+        log(have(rows))
+        if len(rows) >= 50 * cfg.part and all(row["broken"] for row in rows):
+            fail(f"nothing passes the rules, see \"broken\" in {folder}; F10 asks for a higher --seq-len")
         pause(run)
+    write_lines(run.out / f"{name}.jsonl", rows)
     return rows
+
+
+def sim_dialogues(cfg, run, arm, world, graph, tok):
+    """Dialogues of an arm, until the kept ones have cfg.tokens tokens."""
+    (walks, with_plan), names = ARMS[arm], list(world)
+
+    def make(ids):
+        for i in ids:
+            picked = [names[j] for j in subset(cfg, *graph, walks, i)]
+            made = last_value(converse(Sim(cfg.seed, i, world, picked), with_plan)) | dict(id=i, tools=picked)
+            yield made, [world[name]["tool"] for name in picked]
+
+    return make_dialogues(cfg, run, f"dialogues-{arm}", make, lambda rows: sum(
+        row["tokens"] for row in rows if not row["broken"]), cfg.tokens, tok)
 
 
 def last_value(generator):
@@ -1371,14 +1373,11 @@ def dict_matches(value, answers):
 def value_matches(value, shape, answers):
     """Is an argument among the answers? An int is taken for a float. Where the answers are of another type than the
     documented one they name a variable, and are compared as they are."""
-    kind, inner = AST_TYPES[shape["type"]], None
-    if shape["type"] in ("array", "tuple"):
-        inner = AST_TYPES[shape["items"]["type"]]
+    kind = AST_TYPES[shape["type"]]
+    inner = AST_TYPES[shape["items"]["type"]] if kind is list else None
     value = float(value) if kind is float and type(value) is int else value
     variable = any(type(answer) is not kind for answer in [a for a in answers if a != ""][:1])
-    if not same_type(value, kind, answers):
-        return False
-    if inner and type(value) is kind and not any(
+    if not same_type(value, kind, answers) or inner and type(value) is kind and not any(
             not isinstance(a, list) or all(same_type(v, inner, a) for v in value) for a in answers):
         return False
     if variable or type(value) is not kind:
@@ -1411,26 +1410,24 @@ def ast_correct(calls, docs, answers):
 
 
 # Students
-MIX = dict(current=0.44, earlier=0.19, **{"return": 0.11})  # of arguments in the Berkeley data's gold calls (measured)
 MARKS = [*ORIGINS, "calls right", "tools right", "calls in chitchat", "asks when it should", "should when it asks"]
 
 
 def held_out(cfg):
     """Dialogues of unseen tools, in unseen frames of words, by a way of choosing tools that uses no graph: half have
     tools of two things, half random ones; of each half one in two follows a plan."""
-    world, made = library(True), []
+    world, rows, i = library(True), [], -1
     things = sorted({tool["thing"] for tool in world.values()})
-    for i in itertools.count():
+    while len(rows) < cfg.n_test:
+        i += 1
         rng = random_of("held out", cfg.seed, i)
         some = rng.sample(things, 2)
         names = [name for name, tool in world.items() if i % 2 or tool["thing"] in some]
         picked = rng.sample(names, min(len(names), rng.randint(3, 6)))
-        made.append(last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1)) | dict(id=i, tools=picked))
-        made[-1]["tokens"] = 0
-        if broken_rules(made[-1], [world[name]["tool"] for name in picked]):
-            made.pop()
-        if len(made) == cfg.n_test:
-            return made
+        made = last_value(converse(Sim(cfg.seed, i, world, picked, True), i % 4 > 1))
+        made |= dict(id=i, tools=picked, tokens=0)
+        rows += [] if broken_rules(made, [world[name]["tool"] for name in picked]) else [made]
+    return rows
 
 
 def questions(dialogues, docs):
@@ -1489,14 +1486,15 @@ def rates(total, weight):
 
 
 # Fixed before the first evidence run: id, statistic, threshold, what would refute it. Tokens, updates, first weights
-# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin.
+# and order of training are equal in all arms. current, earlier, return: right arguments of unseen tools by origin;
+# earlier + return: the share of a dialogue's arguments that were said before or returned.
 CLAIMS = [
     ("edges-compose", "composable pairs, among edges - among all", 0.0, "random pairs are as good"),
     ("earlier-turns", "earlier, both - neither", 0.0, "graph and plan do not teach to use what was said before"),
     ("earlier-returns", "return, both - neither", 0.0, "graph and plan do not teach to use what was returned"),
     ("current-not-lower", "current, both - neither", -0.02, "it is paid for with what is said in the same turn"),
-    ("plan-links", "share of arguments said before or returned, both - no-plan", 0.0, "a plan links no more requests"),
-    ("graph-links", "the same, both - no-graph", 0.0, "the graph gives a planner no more to link"),
+    ("plan-links", "earlier + return, both - no-plan", 0.0, "a plan links no more of the arguments"),
+    ("graph-links", "earlier + return, both - no-graph", 0.0, "the graph gives a planner no more to link"),
     ("graph-is-diverse", "D-3, both - no-graph", 0.0, "the graph makes texts no more diverse (paper: +0.147)"),
     ("graph-has-entropy", "H, both - no-graph", 0.0, "nor their words (paper: +0.54)"),
     ("plan-is-coherent", "SS, both - no-plan", 0.0, "a plan makes rounds no more alike (paper: +1.33)"),
@@ -1515,31 +1513,20 @@ def interval(draws, statistic):
     return statistic, (min(low, statistic), max(high, statistic))
 
 
-def data_claims(parts):
-    """From {arm: [measures of a part]}: differences of arms with t-intervals over the parts."""
-    found = {}
-    for name, other, what in (
-            ("plan-links", "no-plan", "earlier return"), ("graph-links", "no-graph", "earlier return"),
-            ("graph-is-diverse", "no-graph", "D-3"), ("graph-has-entropy", "no-graph", "H"),
-            ("plan-is-coherent", "no-plan", "SS")):
-        if {"both", other} <= parts.keys():
-            gap = [sum(a[w] - b[w] for w in what.split()) for a, b in zip(parts["both"], parts[other])]
+def gaps(parts, totals):
+    """What the claims "WHAT, both - ARM" say of the arms that there are. Of students, from {arm: tallies}, with paired
+    bootstrap intervals over dialogues; of data, from {arm: [measures of a part]}, with t-intervals over the parts."""
+    found, forms = {}, {name: re.fullmatch(r"(.+), both - (.+)", formula) for name, formula, *_ in CLAIMS}
+    for name, what, other in ((name, *form.groups()) for name, form in forms.items() if form):
+        if what in MARKS and {"both", other} <= totals.keys():
+            n, k = len(totals["both"]), MARKS.index(what)
+            found[name] = interval(*(rates(totals["both"], weight)[..., k] - rates(totals[other], weight)[..., k]
+                                     for weight in (resample(n), np.ones(n))))
+        elif what not in MARKS and {"both", other} <= parts.keys():
+            gap = [sum(a[w] - b[w] for w in what.split(" + ")) for a, b in zip(parts["both"], parts[other])]
             half = T_975 * np.std(gap, ddof=1) / math.sqrt(PARTS)
             found[name] = np.mean(gap), (np.mean(gap) - half, np.mean(gap) + half)
     return found
-
-
-def student_claims(totals):
-    """From {arm: tallies}: differences with paired bootstrap intervals over dialogues."""
-    if not {"both", "neither"} <= totals.keys():
-        return {}
-    def gap(weight):
-        return rates(totals["both"], weight) - rates(totals["neither"], weight)
-
-    n = len(totals["both"])
-    draws, whole = gap(resample(n)), gap(np.ones(n))
-    return {claim: interval(draws[:, MARKS.index(name)], whole[MARKS.index(name)]) for claim, name in (
-        ("earlier-turns", "earlier"), ("earlier-returns", "return"), ("current-not-lower", "current"))}
 
 
 def edge_precision(edges, truth):
@@ -1563,45 +1550,37 @@ def auc(score, truth):
 
 # ---------------------------------------------------------------- 6. Training
 def encode_row(tok, row, brief):
-    """Token ids of a row of to_openai, and which are learned: what the assistant says, and the end of its turn."""
-    ids, learned = [], []
+    """Ids of a row, as the chat template writes it, and which are learned: answers, and the ends of their turns."""
+    ids, learned, messages = [], [], []
     for m in shown(row, brief):
-        body = tok.encode(m["content"]) + tok.stop[:1]
-        for part, counts in ((tok.head[m["role"]], False), (body, m["role"] == "assistant"), (tok.between, False)):
-            ids += part
-            learned += [counts] * len(part)
+        if m["role"] == "assistant":
+            m = dict(m, content=m["content"].strip())  # else its first token could join the template's last
+            before, body = tok.chat(messages), tok.encode(m["content"]) + tok.stop[:1]
+            learned += [False] * (len(before) - len(ids)) + [True] * len(body)
+            ids = before + body
+        messages.append(m)
     return ids, learned
 
 
 def prompt_ids(tok, tools, before, brief):
     """Ids of a conversation up to where the assistant begins."""
-    row = dict(messages=before, tools=[*map(without_results, tools)])
-    return encode_row(tok, row, brief)[0] + tok.head["assistant"]
+    return tok.chat(shown(dict(messages=before, tools=[*map(without_results, tools)]), brief))
 
 
 def pack(rows, seq_len):
     """Rows (ids, learned) side by side in lines: ids, targets (-100: not learned), the document of a token (-1: none)
     and its place in it, all (N, seq_len). First fit among the last 32 lines; a longer row is left out."""
-    lines, room = [], []
-    for ids, learned in rows:
-        if len(ids) <= seq_len:
-            at = next((i for i in range(max(0, len(room) - 32), len(room)) if room[i] >= len(ids)), len(room))
-            lines += [[]] * (at == len(lines))
-            room += [seq_len] * (at == len(room))
-            lines[at] = lines[at] + [(ids, learned)]
-            room[at] -= len(ids)
-    fills = dict(ids=0, target=-100, doc=-1, place=0)
-    out = {name: torch.full((len(lines), seq_len), fill) for name, fill in fills.items()}
-    for i, line in enumerate(lines):
-        start = 0
-        for j, (ids, learned) in enumerate(line):
-            here, end = slice(start, start + len(ids)), start + len(ids) - 1
-            out["ids"][i, here], out["place"][i, here] = torch.tensor(ids), torch.arange(len(ids))
-            out["doc"][i, here] = j
-            ahead = [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])]
-            out["target"][i, start:end] = torch.tensor(ahead)  # each at the place of the token before it
-            start = end + 1
-    return out
+    lines, fills = [], dict(ids=0, target=-100, doc=-1, place=0)
+    for ids, learned in (row for row in rows if len(row[0]) <= seq_len):
+        line = next((line for line in lines[-32:] if len(line["ids"]) + len(ids) <= seq_len), None)
+        if line is None:
+            lines.append(line := {name: [] for name in fills})
+        line["doc"] += [(line["doc"] or [-1])[-1] + 1] * len(ids)
+        line["ids"] += ids
+        line["place"] += range(len(ids))
+        line["target"] += [token if counts else -100 for token, counts in zip(ids[1:], learned[1:])] + [-100]
+    return {name: torch.tensor([line[name] + [fill] * (seq_len - len(line[name])) for line in lines], dtype=torch.long)
+            .view(-1, seq_len) for name, fill in fills.items()}  # a target stands at the place of the token before it
 
 
 def packed_states(model, ids, doc, place):
@@ -1643,69 +1622,63 @@ class Lora(nn.Module):
         return self.linear(x) + 2 * F.linear(F.linear(x, self.a), self.b)
 
 
-def swap_linears(model, kind, make):
-    """Put make(part) in the place of each part of a layer that is of a kind."""
-    for layer, (name, part) in [(layer, pair) for layer in model.layers for pair in list(layer.named_children())]:
-        if isinstance(part, kind):
-            setattr(layer, name, make(part))
-    return model
-
-
 def add_lora(model, rank):
     """LoRA in all linear layers; rank 0: none, all weights are learned."""
     model.requires_grad_(not rank)
-    return swap_linears(model, nn.Linear, lambda linear: Lora(linear, rank)) if rank else model
+    for layer in model.layers if rank else ():
+        for name, linear in list(layer.named_children()):
+            if isinstance(linear, nn.Linear):
+                setattr(layer, name, Lora(linear, rank))
+    return model
 
 
 def merge_lora(model):
     """Add A and B to W."""
-    def merge(part):
-        part.linear.weight.data += 2 * part.b.data @ part.a.data
-        return part.linear
-
-    return swap_linears(model, Lora, merge)
-
-
-def presentation(n, total, *key):
-    """Which of n rows is shown at each of `total` places: all of them in a new random order, again and again."""
-    orders = (random_of("order", *key, epoch).sample(range(n), n) for epoch in itertools.count())
-    return list(itertools.islice(itertools.chain.from_iterable(orders), total))
+    for layer in model.layers:
+        for name, part in list(layer.named_children()):
+            if isinstance(part, Lora):
+                part.linear.weight.data += 2 * part.b.data @ part.a.data
+                setattr(layer, name, part.linear)
+    return model
 
 
 def train(cfg, run, state, job, model, data, steps):
-    """Optimizer steps on packed lines, in an order that depends on the seed alone. Linear warm-up in a tenth of the
-    steps, constant to the half, then linear to 0."""
-    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(learned.values(), cfg.lr, (0.9, 0.98), weight_decay=0.1, fused=True)
-    step, order = 0, presentation(len(data["ids"]), steps * cfg.batch_size, cfg.seed)
+    """Optimizer steps on packed lines, in an order that depends on the seed alone; a rank takes its share of a batch.
+    Linear warm-up in a tenth of the steps, constant to the half, then linear to 0."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, cfg.lr, (0.9, 0.98), weight_decay=0.1, fused=True)
+    step, n = 0, len(data["ids"])  # all n lines in a new random order, again and again
+    orders = (random_of("order", cfg.seed, epoch).sample(range(n), n) for epoch in itertools.count())
+    order = list(itertools.islice(itertools.chain.from_iterable(orders), steps * cfg.batch_size))
     if state.get("job") == job:
         step = state["step"]
-        model.load_state_dict(state["model"], strict=False)  # with LoRA, of that alone
-        optimizer.load_state_dict(state["optimizer"])
+        put_state(run, state, model, optimizer)
+    loss_of = model.loss if run.world > 1 else functools.partial(sft_loss, model)
     log, began, seen, model = Log(run, job, steps, step), time.perf_counter(), 0, model.train()
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min((step + 1) / (steps / 10 + 1), 1, 2 * (1 - step / steps))
-        lines, total = order[step * cfg.batch_size :][: cfg.batch_size], 0.0
-        batch = {name: x[lines].to(run.device) for name, x in data.items()}
-        count = (batch["target"] >= 0).sum()
-        for i in range(0, len(lines), cfg.micro_batch):
-            part = {name: x[i : i + cfg.micro_batch] for name, x in batch.items()}
+        lines, total = order[step * cfg.batch_size :][: cfg.batch_size], torch.zeros((), device=run.device)
+        count, mine = (data["target"][lines] >= 0).sum().to(run.device), lines[run.rank :: run.world]
+        for i in range(0, len(mine), cfg.micro_batch):
+            part = {name: x[mine[i : i + cfg.micro_batch]].to(run.device) for name, x in data.items()}
             with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-                loss = sft_loss(model, part, cfg.kernels) / count  # a token counts as much in any micro-batch
-            loss.backward()
-            total += loss.item()
-        norm = nn.utils.clip_grad_norm_(learned.values(), 1.0)
+                loss = loss_of(part, cfg.kernels) / count  # a token counts as much in any micro-batch and rank
+            (loss * run.world).backward()  # the mean over ranks is taken of gradients
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step, seen = step + 1, seen + batch["ids"].numel()
+        step, seen = step + 1, seen + len(lines) * cfg.seq_len
         if step == 1 or step % cfg.log_every == 0 or step == steps:
-            if not math.isfinite(total):
+            if run.world > 1:
+                dist.all_reduce(total)
+            if not total.isfinite():
                 fail(f"{job}: training diverged; lower --lr")
-            log(step, loss=total, gnorm=float(norm), lr=group["lr"], tokens_per_s=seen / (time.perf_counter() - began))
-        if run.stop or step % cfg.save_every == 0 and step < steps:
-            weights = {name: p.detach() for name, p in learned.items()}
-            remember(run, state, job=job, step=step, model=weights, optimizer=optimizer.state_dict())
+            speed = seen / (time.perf_counter() - began)
+            log(step, loss=total.item(), gnorm=float(norm), lr=group["lr"], tokens_per_s=speed)
+        if should_stop(run) or step % cfg.save_every == 0 and step < steps:
+            remember(run, state, job=job, step=step, **get_state(run, model, optimizer))
         pause(run)
     return model.eval()
 
@@ -2054,7 +2027,8 @@ class Chat:
 def pause(run):
     """After Ctrl-C: say how to go on, and leave."""
     if should_stop(run):
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        if not run.rank:
+            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
         raise SystemExit(130)
 
 
@@ -2063,30 +2037,14 @@ def remember(run, state, **job):
     save_state(run, done=state["done"], seconds=time.perf_counter() - run.began, **job)
 
 
-def read_rows(path, size):
-    """Rows of a JSONL file that a kill may have cut: what follows its last whole part of `size` rows is taken off."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = sum(line.endswith(b"\n") for line in lines) // size * size
-    if whole < len(lines):
-        os.truncate(path, sum(map(len, lines[:whole])))
-    try:
-        rows = [json.loads(line) for line in lines[:whole]]
-        return rows if [row["id"] for row in rows] == list(range(whole)) else fail(f"{path}: ids are not 0, 1, 2, ...")
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
-
-
-def append_rows(path, rows):
-    with open(path, "ab") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_formats(out, name, rows):
     """Rows of to_openai as two JSONL files."""
     for form, write in (("openai", dict), ("hermes", to_hermes)):
-        replace_file(out / f"{form}{name}.jsonl", "".join(json.dumps(write(row)) + "\n" for row in rows).encode())
+        write_lines(out / f"{form}{name}.jsonl", map(write, rows))
+
+
+def write_lines(path, rows):
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @functools.cache
@@ -2124,7 +2082,7 @@ def new_student(cfg, run, tok, weights=None):
 
 
 def load_real(folder):
-    """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the turns of ChatML or Llama-3."""
+    """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the ends of a turn, ChatML's or Llama-3's."""
     try:
         shape = read_shape(json.loads((folder / "config.json").read_text()))
         with torch.device("meta"):
@@ -2135,49 +2093,81 @@ def load_real(folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     tok = load_tokenizer(folder)
-    llama = "<|eot_id|>" in tok.special
-    start, end, stop = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>") if llama else (
-        "<|im_start|>", "", "<|im_end|>")
-    if stop not in tok.special:
-        fail(f"{folder}: neither ChatML nor Llama-3 turns")
-    head = {role: [tok.special[start], *tok.encode(role), *([tok.special[end]] if end else []),
-                   *tok.encode("\n\n" if llama else "\n")] for role in ROLES}
-    return model, SimpleNamespace(encode=tok.encode, decode=tok.decode, head=head, stop=[tok.special[stop]],
-                                  between=[] if llama else tok.encode("\n"))
+    tok.stop = [tok.special[end] for end in ("<|eot_id|>", "<|im_end|>") if end in tok.special]
+    return model, tok if tok.stop else fail(f"{folder}: neither ChatML nor Llama-3 turns")
 
 
 def save_real(folder, source, model):
     """A checkpoint's folder with other weights."""
-    def long(name):
-        part = name.split(".")[2] if name.startswith("layers.") else ""
-        inner = "self_attn." if part in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp." if "_proj" in part else ""
-        return name if name.startswith("lm_head") else "model." + name.replace(part, inner + part, bool(part))
-
+    weights = {}
+    for name, p in model.state_dict().items():
+        name = re.sub(r"(\w_proj)", r"self_attn.\1", re.sub(r"(gate|up|down)_proj", r"mlp.\1_proj", name))
+        weights[("" if name.startswith("lm_head") else "model.") + name] = p.contiguous().cpu()
     folder.mkdir(exist_ok=True)
-    weights = {long(name): p.contiguous().cpu() for name, p in model.state_dict().items()}
     replace_file(folder / "model.safetensors", save(weights))
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        if (source / name).exists():
-            replace_file(folder / name, (source / name).read_bytes())
+    for path in [source / "config.json", *source.glob("tokenizer*.json")]:
+        replace_file(folder / path.name, path.read_bytes())
 
 
-def answer_all(model, tok, prompts, max_new, size=64):
-    """Greedy replies to prompts (lists of ids), those of like length together."""
+def shard(run, model):
+    """Spread a network over the ranks: each holds a part of every layer, and gathers the rest when it is used."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    half = MixedPrecisionPolicy(run.dtype, torch.float32) if run.dtype != torch.float32 else MixedPrecisionPolicy()
+    mesh = dist.device_mesh.init_device_mesh(run.device.type, (run.world,))
+    for part in [*model.layers, model]:
+        fully_shard(part, mesh=mesh, mp_policy=half)
+    model.loss = functools.partial(sft_loss, model)
+    register_fsdp_forward_method(model, "loss")
+    return model
+
+
+def get_state(run, model, optimizer=None):
+    """Learned weights and the optimizer's state by their names, whole on rank 0's CPU where they are spread."""
+    from torch.distributed.checkpoint import state_dict as whole
+
+    options = whole.StateDictOptions(full_state_dict=run.world > 1, cpu_offload=run.world > 1,
+                                     ignore_frozen_params=True)
+    return dict(model=whole.get_model_state_dict(model, options=options),
+                optimizer=optimizer and whole.get_optimizer_state_dict(model, optimizer, options=options))
+
+
+def put_state(run, state, model, optimizer):
+    from torch.distributed.checkpoint import state_dict as whole
+
+    whole.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                         options=whole.StateDictOptions(full_state_dict=run.world > 1, strict=False))
+
+
+def answer_all(model, tok, prompts, max_new, size=64, **sampling):
+    """Replies to prompts (lists of ids), greedy unless `sampling` says otherwise, those of like length together."""
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for i in range(0, len(order), size):
         some = order[i : i + size]
-        texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop)))
+        texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop, **sampling)))
     return [texts[i] for i in range(len(prompts))]
 
 
-def check_message(m):
-    """ValueError, or another, unless it is a message in OpenAI's format."""
-    calls = [call["function"] for call in m.get("tool_calls") or ()]
-    texts = [*([] if calls else [m["content"]]), *(call["name"] for call in calls)]
-    objects = [json.loads(call["arguments"]) for call in calls]
-    if not (m["role"] in ROLES and all(isinstance(text, str) for text in texts)
-            and all(isinstance(value, dict) for value in objects)):
-        raise ValueError(f"a message of {m['role']!r}")
+class Local:
+    """A checkpoint, asked like Chat. What it draws depends on what it is asked: what a kill cut is the same again."""
+
+    def __init__(self, run, name):
+        (model, self.tok), self.tokens = load_real(fetch_model(name)), 0
+        self.model = model.to(run.device, run.dtype).eval()
+
+    def ask(self, jobs):
+        """Texts of [(payload, index of the sample)], in order; those of one temperature side by side."""
+        texts = {}
+        for temperature in sorted({job["temperature"] for job, _ in jobs}):
+            some = [i for i, (job, _) in enumerate(jobs) if job["temperature"] == temperature]
+            prompts = [self.tok.chat(jobs[i][0]["messages"]) for i in some]
+            g = torch.Generator(self.model.norm.weight.device)
+            g.manual_seed(zlib.crc32(repr([jobs[i] for i in some]).encode()))
+            new = answer_all(self.model, self.tok, prompts, jobs[some[0]][0]["max_tokens"], 16, temperature=temperature,
+                             generator=g)
+            self.tokens += sum(map(len, [*prompts, *map(self.tok.encode, new)]))
+            texts |= zip(some, new)
+        return [texts[i] for i in range(len(jobs))]
 
 
 def read_training(path):
@@ -2186,7 +2176,9 @@ def read_training(path):
     for where, row in read_json_lines(path):
         try:
             rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
-            _ = [check_message(m) for m in row["messages"]]
+            if not (all(m.get("tool_calls") or isinstance(m["content"], str) for m in row["messages"])
+                    and all(m["role"] in ROLES for m in shown(rows[-1], False))):
+                raise ValueError("a role or a content of another kind")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
     return rows
@@ -2199,19 +2191,18 @@ def ledger(cfg, run, tok, rows, asked):
     step = min(timeit.repeat(lambda: sft_loss(model, part).backward(), number=1, repeat=3))
     step *= cfg.batch_size / len(part["ids"])
     answer = timeit.timeit(lambda: generate(model.eval(), [[0] * (cfg.seq_len // 2)] * 32, 30), number=1) / 32
-    students = 1 + len(cfg.students.split(","))
-    minutes = ((cfg.base_steps + (students - 1) * cfg.steps) * step + students * asked * answer) / 60
+    n = len(cfg.students.split(","))
+    minutes = ((cfg.base_steps + n * cfg.steps) * step + (1 + n) * asked * answer) / 60
     print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes", flush=True)
 
 
 def estimate(cfg):
-    """What the dialogues of a served model may cost: a plan; for 4 requests the user, a call, a result, an answer of 60
-    tokens; tools of 150."""
-    asked, read = 1 + 4 * 4, 17 * (4.5 * 150 + 8 * 60)
-    n, written = cfg.dialogues, asked * 60
-    print(f"{n:,} dialogues: about {n * asked:,} requests, {n * read:.1e} tokens read and {n * written:.1e} written; "
-          f"at 1 $ a million read and 4 $ written {n * (read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
-          f"{cfg.budget:,} tokens, as far as the server counts them", flush=True)
+    """What dialogues may cost: a plan; for 4 requests user, call, result, answer of 60 tokens each; tools of 150."""
+    asked = cfg.dialogues * 17
+    read, written = asked * (4.5 * 150 + 8 * 60), asked * 60
+    print(f"{cfg.dialogues:,} dialogues: about {asked:,} requests, {read:.1e} tokens read and {written:.1e} written; "
+          f"at 1 $ a million read and 4 $ written {(read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
+          f"{cfg.budget:,} tokens, as far as they are counted", flush=True)
 
 
 def dry_run(cfg):
@@ -2229,19 +2220,18 @@ def dry_run(cfg):
           "at 200 TFLOP/s, which a model this small does not reach")
 
 
-def draw_graph(path, edges, names, found):
-    """Components as rings, the largest first, and one walk."""
+def show_graph(cfg, graph, names):
+    """Draw components as rings, the largest first, and one walk."""
     from matplotlib.figure import Figure
 
-    groups = map(torch.nonzero, components(edges) == torch.arange(len(edges))[:, None])
-    groups = sorted((group for group in groups if len(group) > 1), key=len, reverse=True)
-    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(max(1, len(groups)))
-    for c, group in enumerate(groups):
+    (edges, label), found = graph, walk(graph[0], 6, random_of("shown", cfg.seed), graph[1])
+    groups = sorted(((label == c).nonzero()[:, 0] for c in label.unique()), key=len, reverse=True)
+    place, columns = np.full((len(edges), 2), np.nan), math.isqrt(sum(len(group) > 1 for group in groups)) or 1
+    for c, group in enumerate(group for group in groups if len(group) > 1):
         angle = torch.arange(len(group)) * 2 * math.pi / len(group)
         ring = torch.stack([angle.cos(), angle.sin()], 1) * min(1.1, 0.3 + len(group) / 40)
-        place[group[:, 0]] = ring + torch.tensor([c % columns, -(c // columns)]) * 2.4
-    figure = Figure(figsize=(11, 11), layout="constrained")
-    axes, pairs = figure.subplots(), edges.triu().nonzero().numpy()
+        place[group] = ring + torch.tensor([c % columns, -(c // columns)]) * 2.4
+    axes, pairs = Figure(figsize=(11, 11), layout="constrained").subplots(), edges.triu().nonzero().numpy()
     axes.plot(*place[pairs].transpose(2, 1, 0), color="0.75", lw=0.5)
     axes.plot(*place.T, ".", color="tab:blue")
     axes.plot(*place[found].T, "o-", color="tab:red")
@@ -2249,16 +2239,17 @@ def draw_graph(path, edges, names, found):
         axes.annotate(names[i], place[i], color="tab:red", parse_math=False)
     axes.set(title=f"{len(edges)} tools, {len(pairs)} edges; those without are left out; red: one walk")
     axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    axes.figure.savefig(cfg.show_graph, dpi=110)
 
 
-def print_table(metrics, arms, columns):
-    """Measures as rows, arms as columns."""
+def print_table(metrics):
+    """{"arm/measure": value} as a table: measures as rows, arms as columns."""
+    arms, rows = (dict.fromkeys(key.split("/")[part] for key in metrics if "graph/" not in key) for part in (0, 1))
     wide = max(17, *map(len, arms)) + 1
     print(f"{'':22}" + "".join(f"{arm:>{wide}}" for arm in arms))
-    for column in columns:
-        cells = [metrics.get(f"{arm}/{column}") for arm in arms]
-        print(f"{column:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>{wide}}" for cell in cells))
+    for row in rows:
+        cells = [metrics.get(f"{arm}/{row}") for arm in arms]
+        print(f"{row:22}" + "".join(f"{'' if cell is None else f'{cell:.4g}':>{wide}}" for cell in cells))
 
 
 # ---------------------------------------------------------------- 8. Main
@@ -2267,16 +2258,6 @@ def composes(world):
     needs, gives = ([set(linked(tool[part])) for tool in world.values()] for part in ("params", "results"))
     one = np.array([[bool(g & n) for n in needs] for g in gives])
     return one | one.T
-
-
-def weights_of(cfg, run, state, name, tok, start, rows, steps):
-    """The student in a file, which is trained on rows of to_openai if it is not there."""
-    path = run.out / f"{name}.safetensors"
-    if not path.exists():
-        data = pack([encode_row(tok, row, True) for row in rows], cfg.seq_len)
-        replace_file(path, export(train(cfg, run, state, name, new_student(cfg, run, tok, start), data, steps)))
-        remember(run, state)
-    return path
 
 
 def run_students(cfg, run, state, data, world, tok):
@@ -2288,20 +2269,23 @@ def run_students(cfg, run, state, data, world, tok):
         picked = rng.sample(list(world), rng.randint(3, 6))
         made = last_value(converse(Sim(cfg.seed, ("single", i), world, picked, most=1), False))
         single.append(to_openai(made, [world[name]["tool"] for name in picked]))
-    rows, totals = questions(held_out(cfg), docs), {}
+    rows, totals, start = questions(held_out(cfg), docs), {}, None
     prompts = [prompt_ids(tok, row["tools"], row["before"], True) for row in rows]
     ledger(cfg, run, tok, single, len(prompts))
-    base = weights_of(cfg, run, state, "base", tok, None, single, cfg.base_steps)
-    for arm in ["base", *filter(None, cfg.students.split(","))]:
-        path = base if arm == "base" else weights_of(cfg, run, state, arm, tok, base, data[arm], cfg.steps)
+    for arm, lessons, steps in [("base", single, cfg.base_steps)] + [
+            (arm, data[arm], cfg.steps) for arm in filter(None, cfg.students.split(","))]:
+        if not (path := run.out / f"{arm}.safetensors").exists():
+            lines = pack([encode_row(tok, row, True) for row in lessons], cfg.seq_len)
+            replace_file(path, export(train(cfg, run, state, arm, new_student(cfg, run, tok, start), lines, steps)))
+            remember(run, state)
         if arm not in state["done"]:
             texts = answer_all(new_student(cfg, run, tok, path).eval(), tok, prompts, cfg.max_new)
-            replace_file(run.out / f"answers-{arm}.jsonl", "".join(
-                json.dumps(dict(id=row["id"], to=row["before"][-1]["content"], right=row["calls"], reply=text)) + "\n"
-                for row, text in zip(rows, texts)).encode())
+            write_lines(run.out / f"answers-{arm}.jsonl", (
+                dict(id=row["id"], to=row["before"][-1]["content"], right=row["calls"], reply=text)
+                for row, text in zip(rows, texts)))
             state["done"][arm] = tallies(rows, texts).tolist()
             remember(run, state)
-        totals[arm] = np.array(state["done"][arm])
+        totals[arm], start = np.array(state["done"][arm]), start or path
     return totals
 
 
@@ -2310,14 +2294,14 @@ def run_world(cfg, run, state):
     (embed, name), tok, arms = encoder_of(cfg, run.device), Words(), cfg.arms.split(",")
     tools, merged = merge_tools([tool["tool"] for tool in library().values()], embed)
     world = {tool["function"]["name"]: library()[tool["function"]["name"]] for tool in tools}
-    edges, metrics, parts, data = build_graph(cfg, tools, embed), {}, {}, {}
-    metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(edges.numpy(), composes(world))
+    graph, metrics, parts, data = build_graph(cfg, tools, embed), {}, {}, {}
+    metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(graph[0].numpy(), composes(world))
     print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of the edges compose, "
           f"{metrics['graph/base rate']:.1%} of all pairs ({name})")
     if cfg.show_graph:
-        draw_graph(cfg.show_graph, edges, list(world), walk(edges, 6, random_of("shown", cfg.seed)))
+        show_graph(cfg, graph, list(world))
     for arm in arms:
-        rows, kept, total = sim_dialogues(cfg, run, arm, world, edges, tok), [], 0
+        rows, kept, total = sim_dialogues(cfg, run, arm, world, graph, tok), [], 0
         for row in rows:  # arms are compared at as many tokens
             total += 0 if row["broken"] else row["tokens"]
             kept += [row] if not row["broken"] and total <= cfg.tokens else []
@@ -2331,21 +2315,19 @@ def run_world(cfg, run, state):
         metrics |= {f"{arm}/{key}": value for key, value in measures.items()}
         data[arm] = [to_openai(row, [world[n]["tool"] for n in row["tools"]]) for row in kept]
         write_formats(run.out, f"-{arm}", data[arm])
-    print_table(metrics, arms, list(measures))
+    print_table(metrics)
     totals = run_students(cfg, run, state, data, world, tok) if cfg.students else {}
-    for arm, total in totals.items():
-        shares = dict(zip(MARKS, rates(total, np.ones(len(total))).tolist()))
-        shares["arguments, real mix"] = sum(MIX[o] * shares[o] for o in MIX) / sum(MIX.values())
-        metrics |= {f"student {arm}/{key}": value for key, value in shares.items()}
+    shares = {f"student {arm}/{mark}": share for arm, total in totals.items()
+              for mark, share in zip(MARKS, rates(total, np.ones(len(total))).tolist())}
     if totals:
         print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
-        print_table(metrics, [f"student {arm}" for arm in totals], list(shares))
-    learned = metrics.get("student neither/current", 0.0) >= 0.5
+        print_table(shares)
+    learned = shares.get("student neither/current", 0.0) >= 0.5
     if totals and not learned:
         print("The student of neither has hardly learned to call, or there is none, so that students are not compared: "
               "raise --base-steps or --steps.")
-    found = {"edges-compose": gain} | (student_claims(totals) if learned else {}) | data_claims(parts)
-    return found, metrics, dict(encoder=name, merged=merged)
+    found = {"edges-compose": gain} | gaps(parts, totals if learned else {})
+    return found, metrics | shares, dict(encoder=name, merged=merged)
 
 
 API = dict(GorillaFileSystem="gorilla_file_system", MathAPI="math_api", MessageAPI="message_api",
@@ -2367,25 +2349,23 @@ def used_together(folder, where):
 
 def co_use(cfg, docs, embed, pp, pr):
     """E1: are pairs with an edge used together? Beside it the similarity of descriptions, which is not in the paper."""
-    metrics, found, apis = {}, {}, [file for file, tools in docs.items() for _ in tools]
-    tools = sum(docs.values(), [])
+    metrics, apis, tools = {}, [file for file, tools in docs.items() for _ in tools], sum(docs.values(), [])
     pairs = used_together(Path(cfg.data), {(file, name_of(tool)): i for i, (file, tool) in enumerate(zip(apis, tools))})
     used = sorted({i for pair in pairs["same task"] for i in pair})
     about = embed([f"{name_of(tools[i])}: {tools[i]['function']['description']}" for i in used])
     pp, pr, upper = pp[used][:, used].numpy(), pr[used][:, used].numpy(), np.triu_indices(len(used), 1)
     inside = np.array([[apis[i] == apis[j] for j in used] for i in used])[upper]
     scores = dict(PP=pp, PR=pr, edge=np.maximum(pp, pr), description=(about @ about.T).numpy())
-    for relation, some in pairs.items():
-        truth = np.array([[(min(i, j), max(i, j)) in some for j in used] for i in used])
-        found.setdefault("edges-are-used-together", edge_precision(scores["edge"] > 0.82, truth)[2])  # same task
-        for part, mask in (("", inside | True), (", one API", inside)):
-            row = {f"AUC {key}": auc(score[upper][mask], truth[upper][mask]) for key, score in scores.items()}
-            row["base rate"] = truth[upper][mask].mean()
-            for tau in (0.82, 0.7, 0.6):
-                row[f"precision {tau}"] = truth[upper][mask & (scores["edge"][upper] > tau)].mean()
-            metrics |= {f"{relation}{part}/{key}": float(value) for key, value in row.items()}
-    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
-    return found, metrics
+    truths = {relation: np.array([[(min(i, j), max(i, j)) in some for j in used] for i in used])
+              for relation, some in pairs.items()}
+    for (relation, truth), (part, mask) in itertools.product(truths.items(), [
+            ("", inside | True), (", one API", inside)]):
+        row = {f"AUC {key}": auc(score[upper][mask], truth[upper][mask]) for key, score in scores.items()}
+        row |= {"base rate": truth[upper][mask].mean()} | {
+            f"precision {tau}": truth[upper][mask & (scores["edge"][upper] > tau)].mean() for tau in (0.82, 0.7, 0.6)}
+        metrics |= {f"{relation}{part}/{key}": float(value) for key, value in row.items()}
+    print_table(metrics)
+    return {"edges-are-used-together": edge_precision(scores["edge"] > 0.82, truths["same task"])[2]}, metrics
 
 
 def run_graph(cfg, run, state):
@@ -2408,20 +2388,19 @@ def run_graph(cfg, run, state):
                    components=(sizes > 0).sum(), largest=sizes.max(), isolated=(edges.sum(1) == 0).sum(),
                    degree=edges.sum(1).float().mean())
         metrics |= {f"tau {tau}/{key}": float(value) for key, value in row.items()}
-    print_table(metrics, list(dict.fromkeys(key.split("/")[0] for key in metrics)), list(row))
+    print_table(metrics)
     if cfg.show_graph:
-        edges = build_graph(cfg, tools, embed)
-        draw_graph(cfg.show_graph, edges, [*map(name_of, tools)], walk(edges, 6, random_of("shown", cfg.seed)))
+        show_graph(cfg, build_graph(cfg, tools, embed), [*map(name_of, tools)])
     found, more = co_use(cfg, docs, embed, pp, pr) if docs else ({}, {})
     return found, metrics | more, dict(encoder=name)
 
 
-def converse_all(cfg, tools, edges, chats, ids, over):
+def converse_all(cfg, tools, graph, chats, ids, over):
     """Dialogues `ids` by language models, side by side: what they wait for is asked together, until over() is true."""
     done, live, jobs = {}, {}, {}
-    graph, with_plan = ARMS[cfg.arms.split(",")[0]]
+    walks, with_plan = ARMS[cfg.arms.split(",")[0]]
     for i in ids:
-        picked, rng = subset(cfg, edges, graph, i), random_of("teacher", cfg.seed, i)
+        picked, rng = subset(cfg, *graph, walks, i), random_of("teacher", cfg.seed, i)
         done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["no reply"])
         live[i] = converse(Agents([tools[j] for j in picked], rng.randint(3, 5)), with_plan)
     replies = dict.fromkeys(live)
@@ -2429,8 +2408,8 @@ def converse_all(cfg, tools, edges, chats, ids, over):
         for i, talk in list(live.items()):
             try:
                 prompt, temperature, n = talk.send(replies[i])
-                payload = dict(messages=[dict(role="user", content=prompt)], temperature=temperature, max_tokens=1024)
-                jobs[i] = payload, 3 * i + n  # the same question in another dialogue is another sample
+                asked = dict(messages=[dict(role="user", content=prompt)], temperature=temperature)
+                jobs[i] = asked | dict(max_tokens=cfg.max_new), 3 * i + n  # in another dialogue it is another sample
             except (StopIteration, Dropped) as end:
                 done[i] |= end.value if isinstance(end, StopIteration) else dict(broken=[str(end)])
                 del live[i]
@@ -2443,32 +2422,30 @@ def converse_all(cfg, tools, edges, chats, ids, over):
 
 
 def run_synth(cfg, run, state):
-    """Dialogues for --tools by language models. Replies are kept under the hash of what was asked, so that a killed run
-    asks nothing twice; a part is written at once. Over --budget nothing is asked."""
+    """Dialogues for --tools by language models. Replies of an endpoint are kept under the hash of what was asked, so
+    that a killed run asks nothing twice; a part is written at once. Over --budget nothing is asked."""
     estimate(cfg)
     embed, name = encoder_of(cfg, run.device)
     tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
-    if len(tools) < int(cfg.n_tools.split("-")[1]):
+    if len(tools) < int(cfg.n_tools[2]):
         fail(f"--tools {cfg.tools}: {len(tools)} tools, --n-tools {cfg.n_tools} takes more of them into a dialogue")
-    edges, path, near = build_graph(cfg, tools, embed), run.out / "dialogues.jsonl", Near()
-    (folder := Path(cfg.replies or run.out / "replies")).mkdir(parents=True, exist_ok=True)
-    chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")}
-    rows, log, before = read_rows(path, cfg.part), Log(run, "dialogues", cfg.dialogues), state["done"].get("tokens", 0)
-    for row in rows:
-        _ = row["broken"] or near(row)
+    graph, before = build_graph(cfg, tools, embed), state["done"].get("tokens", 0)
+    (folder := run.out / "replies").mkdir(exist_ok=True)
+    chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")} \
+        if "://" in cfg.teacher else {folder: Local(run, folder) for folder in cfg.teacher.split(",")}
+
     def spent():
         return before + sum(chat.tokens for chat in chats.values())
 
-    while len(rows) < cfg.dialogues and spent() <= cfg.budget:
-        ids = range(len(rows), min(len(rows) + cfg.part, cfg.dialogues))
-        new = converse_all(cfg, tools, edges, chats, ids, lambda: spent() > cfg.budget)
-        new = [finish(cfg, d, [tools[j] for j in d["tools"]], near) if d["messages"] else d for d in new]
-        append_rows(path, new)
-        rows += new
+    def make(ids):
+        ids = range(ids.start, min(ids.stop, cfg.dialogues))
+        made = converse_all(cfg, tools, graph, chats, ids, lambda: spent() > cfg.budget)
         state["done"]["tokens"] = spent()
         remember(run, state)
-        log(len(rows), kept=sum(not row["broken"] for row in rows), tokens=state["done"]["tokens"])
-        pause(run)
+        return [(d, [tools[j] for j in d["tools"]]) for d in made]
+
+    rows = make_dialogues(cfg, run, "dialogues", make, lambda rows: len(
+        rows) if spent() <= cfg.budget else cfg.dialogues, cfg.dialogues)
     kept = [to_openai(row, [tools[j] for j in row["tools"]]) for row in rows if not row["broken"]]
     write_formats(run.out, "", kept)
     broken = Counter(rule for row in rows for rule in row["broken"])
@@ -2478,47 +2455,50 @@ def run_synth(cfg, run, state):
 
 
 def run_sft(cfg, run, state):
-    """Fine-tune --model on --data, all weights or LoRA; the result is a folder that --model takes."""
+    """Fine-tune --model on --data, all weights or LoRA, on all ranks of torchrun, to a folder that --model takes."""
     rows, folder = read_training(Path(cfg.data)), fetch_model(cfg.model)
     model, tok = load_real(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
     if not len(data["ids"]):
         fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
-    share, used = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum()), int((data["place"] == 0)[
-        data["doc"] >= 0].sum())
-    print(f"{used} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned; "
-          f"{len(rows) - used} longer ones are left out, see --seq-len")
+    share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
+    used = int((data["place"][data["doc"] >= 0] == 0).sum())
     if not share:
         fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
+    if not run.rank:
+        print(f"{used} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned; "
+              f"{len(rows) - used} longer ones are left out, see --seq-len")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
-    model = train(cfg, run, state, "sft", add_lora(model, cfg.lora_rank).to(run.device), data, cfg.steps)
-    save_real(run.out / "model", folder, merge_lora(model))
-    print(f"wrote {run.out / 'model'}")
+    model = add_lora(model, cfg.lora_rank)
+    model = train(cfg, run, state, "sft", shard(run, model) if run.world > 1 else model.to(run.device), data, cfg.steps)
+    if run.world > 1:
+        learned, model = get_state(run, model)["model"], add_lora(load_real(folder)[0], cfg.lora_rank)
+        model.load_state_dict(learned, strict=False)  # on the other ranks nothing
+    if not run.rank:
+        save_real(run.out / "model", folder, merge_lora(model))
+        print(f"wrote {run.out / 'model'}")
     return {}, {"sft/dialogues": used, "sft/left out": len(rows) - used, "sft/learned": share}, {}
 
 
 def run_bfcl(cfg, run, state):
     """Calls of --model on the Berkeley data's Python categories, by the AST rules; a category is done at once."""
     model, tok = load_real(fetch_model(cfg.model))
-    for category in AST_FILES:
-        if category in state["done"]:
-            continue
+    for category in (name for name in AST_FILES if name not in state["done"]):
         items = bfcl_file(Path(cfg.data), category)[: cfg.n_test]
         tools = [[normal_tool(raw, category) for raw in item["function"]] for item, _ in items]
         prompts = [prompt_ids(tok, some, item["question"][0], False) for some, (item, _) in zip(tools, items)]
         texts, rows = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
         for (item, gold), some, text in zip(items, tools, texts):
             back = {tool["function"]["name"]: name_of(tool) for tool in some}
-            calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)
-                     if isinstance(name, str)]
+            calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
             right = ast_correct(calls, {f["name"]: f for f in item["function"]}, gold)
             rows.append(dict(id=item["id"], reply=text, right=right))
-        replace_file(run.out / f"answers-{category}.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
+        write_lines(run.out / f"answers-{category}.jsonl", rows)
         state["done"][category] = float(np.mean([row["right"] for row in rows]))
         remember(run, state)
         pause(run)
     metrics = {f"bfcl/{category}": state["done"][category] for category in AST_FILES}
-    print_table(metrics, ["bfcl"], AST_FILES)
+    print_table(metrics)
     return {}, metrics, {}
 
 
@@ -2540,11 +2520,15 @@ def main(argv=None):
     for name in ("data", "tools"):
         if (path := getattr(cfg, name)) and not Path(path).exists():
             fail(f"--{name} {path}: no such file or folder")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("torchrun: one process only; several --seed and --out spread over machines")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and (cfg.task != "sft" or cfg.batch_size % world or cfg.kernels):
+        fail(f"torchrun: for --task sft alone, without --kernels, and --batch-size must be a multiple of {world}; "
+             "for dialogues, several --seed and --out spread over machines")
     run = start_run(cfg, "toolflow")
     state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]
+    if world > 1:
+        dist.barrier()  # until all have looked into the directory
     if not (run.out / "state.pt").exists():
         remember(run, state)  # from here on the directory belongs to these flags
     go = dict(world=run_world, graph=run_graph, synth=run_synth, sft=run_sft, bfcl=run_bfcl)[cfg.task]
@@ -2555,7 +2539,7 @@ def main(argv=None):
     tried = {arm: TRIED for arm in cfg.students.split(",") if arm and cfg.task == "world"}
     minutes = (time.perf_counter() - run.began) / 60
     record |= dict(tried=tried, data_sha256=data_hash(cfg), metrics=metrics, minutes=minutes)
-    return report(cfg, run, "toolflow", argv, found, CLAIMS, **record)
+    return None if run.rank else report(cfg, run, "toolflow", argv, found, CLAIMS, **record)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = (), ("--kernels",)
-RUNS = [("mdm", "--task", task, *kernels) for task in ("sudoku", "path", "cd3", "sat5") for kernels in KERNELS]
-RUNS += [("convattn", "--task", task, *kernels) for task in ("recall", "text") for kernels in KERNELS]
-RUNS += [("convattn", "--task", "che"), ("convattn", "--task", "recall", "--impl", "dense"), ("flatquant",)]
+TASKS = {"mdm": ("sudoku", "path", "cd3", "sat5"), "convattn": ("recall", "text"), "batchlaw": ("zipf", "text"),
+         "gametheory": ("concepts", "tiles", "shapes"), "rise": ("chain",), "reversegen": ("math",),
+         "reviseval": ("world",), "vistog": ("scenes",), "toolflow": ("world",)}
+RUNS = [(script, "--task", task, *kernels) for script in TASKS for task in TASKS[script] for kernels in KERNELS]
+RUNS += [("convattn", "--task", "che"), ("convattn", "--task", "recall", "--impl", "dense"), ("flatquant",),
+         ("reversegen", "--task", "honesty", "--arms", "0,1,2")]  # the other arms need right answers
 
 
 @pytest.mark.gpu
@@ -24,7 +27,9 @@ def test_smoke_on_a_gpu(run, alone):
     shutil.copytree(ROOT / "kernels", cwd / "kernels")
     record = alone(script, "--scale", "smoke", "--device", "cuda", *argv, cwd=cwd, timeout=120, gpu=True).result
     assert record["device"] != "cpu" and record["metrics"]
-    assert all(math.isfinite(x) for x in record["metrics"].values() if isinstance(x, float))
+    numbers = [x for x in record["metrics"].values() if isinstance(x, float)]
+    assert not any(map(math.isinf, numbers)) and sum(map(math.isfinite, numbers)) > 0.8 * len(numbers)
+    assert script == "reviseval" or all(map(math.isfinite, numbers))  # a tau of equal scores is not a number
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import checked
 from kernels import token_logp as op
 from kernels._common import assert_kernel
 from kernels.token_logp import token_logp, token_logp_ref
@@ -302,9 +303,22 @@ def test_fp64_never_reaches_the_kernel(device):
         token_logp(*args, impl="triton")
 
 
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_model_that_is_sure_of_its_tokens_passes_the_self_check(device, size):
+    """Log-probabilities of 1e-4 and less, whose error is that of logits of 14: measured by their own size it fails."""
+    w = torch.eye(24, device=device) * 14 ** 0.5
+    targets = torch.arange(24, device=device) % size
+    h = w[targets] + 0.01 * torch.randn(24, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    logp = checked("token_logp", impl="triton")(h, w, targets)
+    assert -1e-4 < logp.min() < logp.max() <= 0
+    with pytest.raises(AssertionError, match="allowed"):
+        op.rule("logp", logp.exp(), logp.double(), logp, h.numel())
+
+
 # ------------------------------------------------------------------ large tensors
 FAR_ROWS = """
 import mmap, tempfile, torch
+from kernels import checked
 from kernels import token_logp as op
 file = tempfile.TemporaryFile()
 file.truncate(2**32 + 2**12)                    # sparse: 4 GB of addresses, a few pages of memory
