@@ -87,16 +87,16 @@ class Config:
     task: str = "zipf"  # zipf|text: a random bigram language, or bytes of Python's sources (or --data)
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     tag: str = "main"  # name of this variant in the RESULT record
-    seed: int = 0  # of language, stream and initial weights
+    seed: int = 0  # language, stream and initial weights
     # sweep: a group of runs is one size and one batch; its learning rates and beta2s are trained at once
     sizes: str = "1x16x1,1x32x1,1x64x2"  # layers x width x heads, or 125M, 350M, 760M, 1.3B, 2.6B (paper: to 2.6B)
     tokens: float = 2.0**18  # D, training tokens (paper: up to 300e9)
     points: int = 5  # the loss is taken at D, D / 2, D / 4, ...
     batches: str = "16,32,64,128,256,512,1024"  # tokens of an optimizer step (paper: up to 32e6)
     lrs: str = "2e-3,4e-3,8e-3,1.6e-2,3.2e-2"  # learning rates at width --lr-width and a batch of --lr-batch tokens
-    lr_batch: int = 1024  # others have these times (B / lr_batch)^lr_power
-    lr_power: float = 0.5  # so that the same few rates bracket the best one at every batch
-    lr_width: int = 64  # and times lr_width / width; 0 = the same for all widths
+    lr_batch: int = 1024  # other batches have these rates times (B / lr_batch)^lr_power
+    lr_power: float = 0.5  # power of B in the rates, so that the same few bracket the best one at every batch
+    lr_width: int = 64  # the rates are also times lr_width / width; 0 = the same for all widths
     beta2s: str = "0.95,0.99,0.999"  # AdamW; the first is arm fixed, the best of all is arm tuned
     shard: str = ""  # i/n: train every n-th group from the i-th on, for n machines, and fit later with --fit
     # data and model
@@ -108,7 +108,7 @@ class Config:
     warmup_tokens: int = 4096  # tokens of linear warm-up, the same for every batch
     weight_decay: float = 0.0  # AdamW, beta1 is 0.9
     grad_clip: float = 0.0  # largest gradient norm of a model; 0 = no limit
-    micro_batch: int = 0  # sequences in a forward pass of one device; 0 = no split; saves memory, same gradient
+    micro_batch: int = 0  # sequences per forward pass of one device; 0 = no split; saves memory, same gradient
     # fit
     fit: str = ""  # comma list or pattern of runs.jsonl files, or a table FILE.csv: fit the laws to it and stop
     columns: str = "N=N,D=D,B=B,lr=lr,loss=loss"  # which columns a table has; C=... instead of D: D is C / 6N
@@ -118,7 +118,7 @@ class Config:
     # recommend
     recommend: bool = False  # batch, steps and learning rate for --params and --tokens by the published laws, and stop
     params: float = 0.0  # N of the model to train
-    devices: int = 1  # its devices; --micro-batch is the number of sequences in a forward pass of each
+    devices: int = 1  # devices it is trained on; --micro-batch is the number of sequences in a forward pass of each
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
@@ -1198,9 +1198,10 @@ def load_kernel(name):
 
 
 def stopped(run):
-    """Say how to go on, and leave."""
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
     if not run.rank:
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

@@ -101,7 +101,7 @@ class Config:
     n_head: int = 4  # attention heads (paper: 12; che: 8)
     n_embd: int = 64  # width (paper: 768; che: 64)
     conv_width: int = 32  # hidden channels of the score convolution; an arm's w96 wins (paper: 32)
-    slope: float = 0.01  # of LeakyReLU below 0 (paper: 0.01)
+    slope: float = 0.01  # slope of LeakyReLU below 0 (paper: 0.01)
     edge: str = "extend"  # extend|official: hidden columns right of the diagonal, or zeros at the input's end
     impl: str = "chunked"  # chunked|dense: blocks of queries, computed again in the backward pass, or all at once
     chunk: int = 64  # queries of a block, on a GPU better 1024; an input of at most as many is one dense block
@@ -118,7 +118,7 @@ class Config:
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
-    kernels: bool = False  # Triton kernel for the score convolution (cuda only; compared with PyTorch at first use)
+    kernels: bool = False  # Triton kernel score_conv (cuda only; compared with PyTorch at first use)
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
@@ -937,9 +937,10 @@ def ledger(cfg, run, data, vocab):
 
 
 def stopped(run):
-    """Say how to go on, and leave."""
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
     if not run.rank:
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

@@ -106,17 +106,17 @@ class Config:
     v_bits: int = 16  # values: the same (paper: 4)
     # calibration, block by block
     epochs: int = 8  # passes over the calibration windows (paper: 15)
-    batch_size: int = 2  # windows of an optimizer step (paper: 4)
-    lr: float = 5e-3  # of transforms and c, ten times as much for thresholds; cosine to lr / 1000 (paper: 5e-3)
+    batch_size: int = 2  # windows in one optimizer step (paper: 4)
+    lr: float = 5e-3  # learning rate of transforms and c, of thresholds ten times it; cosine to lr / 1000 (paper: 5e-3)
     layers: str = ""  # a:b = calibrate blocks a to b-1 alone and stop; needs --out; merge such runs with --load
     # tiny: training the small Llama
-    steps: int = 700  # optimizer steps
-    n_layer: int = 4  # blocks; width 192, 6 heads, 2 of keys and values, MLP 512
+    steps: int = 700  # optimizer steps of the small Llama
+    n_layer: int = 4  # blocks of the small Llama; width 192, 6 heads, 2 of keys and values, MLP 512
     outliers: float = 40.0  # factor of the channels made large without changing the function; 1 = none
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32; for training tiny
-    kernels: bool = False  # Triton kernels in --generate (cuda only; compared with PyTorch at first use)
+    kernels: bool = False  # Triton kernels for --generate (cuda only; compared with PyTorch at first use)
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps of tiny's training between two checkpoints; calibration saves after every block
@@ -1208,9 +1208,10 @@ def load_kernel(name):
 
 
 def stopped(run):
-    """After Ctrl-C: the state is saved; say how to go on."""
-    command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
-    print(f"stopped; {run.out / 'state.pt'} is saved, continue with: {command}")
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    if not run.rank:
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

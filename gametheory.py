@@ -84,7 +84,7 @@ class Config:
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "related,disjoint,random"  # comma list of pre-trainings; from scratch is always trained beside them
     tag: str = "main"  # name of this variant in the RESULT record
-    seed: int = 0  # of the first world
+    seed: int = 0  # seed of the first world
     seeds: int = 5  # worlds: each has its own concepts, inputs and weights
     # data
     data: str = ""  # images: directory with train/CLASS/*.jpg and test/CLASS/*.jpg, of any size, jpg or png
@@ -1086,9 +1086,10 @@ def load_kernel(name):
 
 
 def stopped(run):
-    """Say how to go on, and leave."""
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
     if not run.rank:
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

@@ -103,9 +103,9 @@ class Config:
     n_val: int = 60  # held-out problems of the learning curve, per class
     n_test: int = 500  # held-out problems of the final table, per class (paper: 1k in all)
     levels: str = "easy,medium,tough"  # comma list of easy, medium, tough, hard: sudoku training boards
-    test_levels: str = "easy,medium,tough"  # the same for the held-out boards
-    data: str = ""  # training file, jsonl (input, output) or csv (quizzes, solutions); "" generates
-    test_data: str = ""  # test file in the same formats; "" generates
+    test_levels: str = "easy,medium,tough"  # the same list for the held-out boards
+    data: str = ""  # training file, jsonl (input, output) or csv (quizzes, solutions); "" = generated
+    test_data: str = ""  # test file in the same formats; "" = generated
     augment: bool = True  # sudoku: relabel, permute and transpose every training board at random
     # layout
     format: str = "tokens"  # tokens|chars: one position per edge, number or clause, or per character (paper)
@@ -1410,9 +1410,10 @@ def load_kernel(name):
 
 
 def stopped(run):
-    """After Ctrl-C: the state is saved; say how to go on."""
-    command = shlex.join(["python", *sys.argv] + ["--resume"] * ("--resume" not in sys.argv))
-    print(f"stopped; {run.out / 'state.pt'} is saved, continue with: {command}")
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    if not run.rank:
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

@@ -42,8 +42,7 @@ Differences from the paper, of which the official code and summaries were at han
   rounds      the reference of DPO is the proposer of the round before. All rounds have equally many steps: with passes
               over ever more pairs it collapsed. With fewer pairs than half a batch there is none. The last questions
               come from the last round in which what it writes is valid and not all the same.
-  diversity   MinHash against earlier questions and held-out ones; SemDeDup, on the proposer's own embedding, is off
-              by default.
+  diversity   MinHash against earlier and held-out questions; SemDeDup, on the proposer's embedding, is off by default.
   equal work  all arms: N new questions, the same replay, steps and learning rate; 3 and 4 ask the target equally often.
               The proposer's measures are taken on 500 proposals of their own that no arm is trained on.
   honesty     the same questions in place of MMLU's; confidence is the answer's probability times that of "sure". Arms 3
@@ -108,21 +107,21 @@ class Config:
     seed: int = 0  # blind spots, models, proposals; not the held-out questions
     targets: int = 3  # targets, each with blind spots and a proposer of its own; intervals are over these
     split: str = "test"  # dev|test: the held-out questions; settings were chosen on dev and another seed
-    target: str = ""  # a chat model that is asked, and not tuned: a folder, hub id or https://host/v1#MODEL; "" = tiny
+    target: str = ""  # a chat model, asked and not tuned: a directory, hub id or https://host/v1#MODEL; "" = tiny
     judge: str = ""  # with --target, a chat model that says what is valid, in place of the parser
     teacher: str = ""  # with --target, a chat model that solves what the target is asked, in place of the solver
     seeds: str = ""  # JSONL with a "question" of this world in each line, in place of n_seeds drawn ones
     say_max: int = 512  # most tokens that a chat model says
     n_layer: int = 2  # layers of the tiny models
-    n_head: int = 4  # their attention heads
-    n_embd: int = 64  # their width
+    n_head: int = 4  # attention heads of the tiny models
+    n_embd: int = 64  # width of the tiny models
     target_steps: int = 450  # optimizer steps of a target's own pre-training
-    proposer_steps: int = 300  # the same of a proposer's
-    batch_size: int = 64  # examples of a step, but for DPO
+    proposer_steps: int = 300  # optimizer steps of a proposer's
+    batch_size: int = 64  # examples in one optimizer step, but for DPO
     lr: float = 8e-3  # peak learning rate of pre-training; a quarter of it in the warm-up
     n_seeds: int = 1500  # seed questions (paper: 2448 to 62,000)
     weak_mass: float = 0.1  # share of seeds and natural questions in the target's blind spots
-    starved: float = 0.0002  # their share in the target's pre-training
+    starved: float = 0.0002  # share of the blind spots in the target's pre-training
     n_test: int = 900  # held-out questions, as many of each cell; a third as many natural, reworded and unseen
     n_eval: int = 500  # proposals that are looked at after each round; those of reserved programs are left out
     # exploration
@@ -130,18 +129,18 @@ class Config:
     queries: int = 1000  # questions the target is asked in a round
     shots: int = 3  # seeds that a proposal follows (paper: 3)
     temp: float = 1.0  # temperature of proposals (paper: 1)
-    top_p: float = 0.95  # share of probability they are cut to (official code: 0.9 and 0.98)
+    top_p: float = 0.95  # share of probability that proposals are cut to (official code: 0.9 and 0.98)
     max_new: int = 24  # most tokens of a proposal or a tiny target's answer (paper: 512)
     semdedup_eps: float = 0.0  # training questions nearer than this are dropped (official code: 0.04); 0 = off
     pairing: str = "random"  # random|own|same-prompt: prompt, failure and success apart (official code), failure's, one
-    beta: float = 0.1  # of DPO (paper: 0.1)
-    dpo_steps: int = 8  # its optimizer steps in a round, however many pairs there are (paper: one pass over them)
-    dpo_batch: int = 32  # pairs of a step (official code: 8)
-    dpo_lr: float = 3e-4  # its peak learning rate (official code: 5e-5)
+    beta: float = 0.1  # strength of DPO (paper: 0.1)
+    dpo_steps: int = 8  # optimizer steps of DPO in a round, however many pairs there are (paper: one pass over them)
+    dpo_batch: int = 32  # pairs in one optimizer step of DPO (official code: 8)
+    dpo_lr: float = 3e-4  # peak learning rate of DPO (official code: 5e-5)
     # tuning the target
     n_train: int = 500  # N new questions, and as many natural ones that all arms see beside them
-    tune_steps: int = 120  # optimizer steps
-    tune_lr: float = 6e-4  # peak learning rate (official code: 5e-5)
+    tune_steps: int = 120  # optimizer steps of the tuning
+    tune_lr: float = 6e-4  # peak learning rate of the tuning (official code: 5e-5)
     # machine and running
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
@@ -1400,7 +1399,8 @@ def remember(run, state, **job):
 def stopped(run, state, **job):
     """Save, say how to go on, and leave."""
     remember(run, state, **job)
-    print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+    command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 

@@ -39,8 +39,7 @@ Differences from the paper, of which the official code, figures and tables were 
   edit        words that the reviser changed: if this is as good as BLEU, the revision and not the metric judges.
   control     mismatched: the revision of another response to x (pairs, lone responses: to another x); no random text,
               no direct reference of equal length.
-  revising    for a revision that is empty, or thrice as long as the answer, the answer stands in. D.R. at the reviser's
-              temperature.
+  revising    the answer stands in for a revision that is empty or thrice as long. D.R. at the reviser's temperature.
   metrics     BERTScore without idf and rescaling; BARTScore from a causal model and "In other words,", both directions.
   left out    tuned LLMs, METEOR, MOVERScore, majority vote, agreement by system, judging by logits outside the world.
 
@@ -103,18 +102,18 @@ class Config:
     seed: int = 0  # weights, training texts, held-out texts, random primaries
     pair_ref: str = "both"  # random|both|own: whose revision judges a pair in column adapted (official code: random)
     # task world: a tiny model for each role
-    n_layer: int = 3  # its layers
-    n_head: int = 4  # its attention heads
-    n_embd: int = 64  # its width
-    steps: int = 1200  # optimizer steps of each
-    batch_size: int = 16  # examples in one of them
+    n_layer: int = 3  # layers of a tiny model
+    n_head: int = 4  # attention heads of a tiny model
+    n_embd: int = 64  # width of a tiny model
+    steps: int = 1200  # optimizer steps of each tiny model
+    batch_size: int = 16  # examples in one optimizer step
     lr: float = 4e-3  # learning rate, constant after 50 steps
     n_records: int = 150  # held-out records, each with SYSTEMS responses
     part: str = "test"  # dev|test: which held-out records; settings were chosen on dev, with seed 7
     # task data: human judgements
     data: str = ""  # file of human judgements
-    schema: str = "jsonl"  # jsonl|llmbar|unieval: its form
-    n_rows: int = 0  # how many of its rows; 0 = all
+    schema: str = "jsonl"  # jsonl|llmbar|unieval: form of the file of --data
+    n_rows: int = 0  # how many rows of --data; 0 = all
     aspect: str = ""  # which of the scores of a rating; "" = overall, else the first
     rubric: str = "helpfulness, accuracy and completeness"  # what reviser and judge are told to look at
     endpoint: str = ""  # https://host/v1: revises and judges; --model is its model's name
@@ -125,12 +124,12 @@ class Config:
     report: str = ""  # write a self-contained HTML page here
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32; the tiny model is float32
-    kernels: bool = False  # Triton kernels greedy_match and token_logp (cuda only; compared at first use)
+    kernels: bool = False  # Triton kernels greedy_match, token_logp (cuda only; compared with PyTorch at first use)
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
     out: str = ""  # output directory; "" = out/reviseval/TASK-SCALE-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
-    dry_run: bool = False  # print what the run takes, and stop
+    dry_run: bool = False  # print parameters, FLOPs, memory and hours, or calls and tokens, and stop
 
     def __post_init__(self):
         arms = self.arms.split(",")
@@ -1586,7 +1585,8 @@ def load_kernel(name):
 def pause(run):
     """After Ctrl-C: say how to go on, and leave."""
     if should_stop(run):
-        print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+        print(f"stopped; continue with: {command}")
         raise SystemExit(130)
 
 

@@ -117,21 +117,21 @@ class Config:
     endpoint: str = ""  # https://host/v1: samples and edits come from there, --model is trained on them
     endpoint_model: str = ""  # the model's name at the endpoint
     n_layer: int = 3  # layers of the tiny model
-    n_head: int = 4  # its attention heads
-    n_embd: int = 64  # its width
+    n_head: int = 4  # attention heads of the tiny model
+    n_embd: int = 64  # width of the tiny model
     base_steps: int = 1000  # optimizer steps of the tiny model's own pre-training
-    base_batch: int = 64  # examples in one of them
-    base_lr: float = 4e-3  # its peak learning rate
+    base_batch: int = 64  # examples in one step of this pre-training
+    base_lr: float = 4e-3  # peak learning rate of this pre-training
     # data
     data: str = ""  # JSONL with question, answer (GSM8K's too: a number after ####) to sample; "" = generated ones
-    test_data: str = ""  # the same, to measure on
+    test_data: str = ""  # the same, to measure on; "" = generated ones
     n_problems: int = 1500  # problems to sample (paper: 8,888)
     n_dev: int = 300  # held-out problems on which settings were chosen
     n_test: int = 1000  # held-out problems; half as many of the splits long and reworded
     # pairs
     k: int = 5  # samples of a problem, K (paper: 5)
     temp: float = 0.8  # temperature of sampling (official code: 0.2)
-    top_p: float = 1.0  # and the share of probability it is cut to (official code: 0.9)
+    top_p: float = 1.0  # share of probability that sampling is cut to (official code: 0.9)
     max_new: int = 90  # most tokens of a sample or an edit (official code: 2048)
     edit_temp: float = 1.0  # temperature of editing (official code: 0)
     edit_alpha: int = 5  # an edit is kept below this distance, in words and numbers (paper: alpha, not known)
@@ -139,11 +139,11 @@ class Config:
     max_len: int = 320  # pairs of more tokens, context and both sides, are dropped (official code: cut at 1024)
     sample_batch: int = 640  # sequences decoded at once; samples of so many are written to a file at once
     # training
-    beta: float = 0.4  # beta of DPO (official code: 0.4)
+    beta: float = 0.4  # strength of DPO (official code: 0.4)
     nll: float = 1.0  # lambda of NLL (paper: not known)
-    steps: int = 60  # optimizer steps of an arm
-    batch_size: int = 64  # pairs of a step (official code: 128)
-    micro_batch: int = 0  # pairs of a forward pass; 0 = no split; saves memory, same gradient
+    steps: int = 60  # optimizer steps of each arm
+    batch_size: int = 64  # pairs in one optimizer step, over all devices (official code: 128)
+    micro_batch: int = 0  # pairs per forward pass; 0 = no split; saves memory, same gradient
     lr: float = 0.0  # peak learning rate, cosine to 0; 0 = the arm's own out of RATES (official code: 5e-7)
     lora_rank: int = 0  # rank of LoRA in all linear layers; 0 = all weights are trained (paper)
     # machine
@@ -1542,7 +1542,8 @@ def after_step(run, due, make_parts=lambda: None):
         save_progress(run, make_parts())
     if stop:
         if not run.rank:
-            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+            command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+            print(f"stopped; continue with: {command}")
         raise SystemExit(130)
 
 

@@ -1191,7 +1191,7 @@ def ctrl_c_saves_and_says_how_to_go_on(alone):
     argv = "--scale smoke --task path --arms mdm --steps 1000000 --save-every 1000000".split()
     run = alone("mdm", *argv, cwd=cwd, codes=(130,), meanwhile=interrupt)
     command = re.search(r"continue with: (.*)", run.stdout)[1]
-    assert shlex.split(command) == ["python", "mdm.py", *argv, "--resume"]
+    assert shlex.split(command)[1:] == ["mdm.py", *argv, "--resume"]
     state = torch.load(next(cwd.rglob("state.pt")), weights_only=True)
     assert state["arm"] == "mdm" and state["step"] < 1_000_000 and "Traceback" not in run.stderr
 
