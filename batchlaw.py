@@ -11,7 +11,7 @@ Which batch and learning rate go with N parameters and D tokens? The paper train
 of it B_opt = 3240 D^0.264 tokens, and learning rates that grow with the batch. Here the same sweep with small models,
 a learning rate and an Adam beta2 of its own for each batch, fits of the laws, and their intervals.
 
-  python batchlaw.py    # a sweep of three sizes, 6.4 min on 2 cores: at beta2 0.95 B_opt grows as about D^0.6, at the
+  python batchlaw.py    # a sweep of three sizes, 10 min on one core: at beta2 0.95 B_opt grows as about D^0.6, at the
                         # best beta2 no batch is measurably better than the smallest
   python batchlaw.py --fit "out/batchlaw/zipf-small-s*/runs.jsonl"    # laws of finished runs, or of any table FILE.csv
   python batchlaw.py --recommend --params 1.3e9 --tokens 3e11 --devices 64 --micro-batch 8 --seq-len 2048

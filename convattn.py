@@ -13,7 +13,7 @@ neighbours: one layer can look for what came after an earlier copy; bytes of tex
 
   python convattn.py                # recall, 5 min on a core: at 8 times the training length 100 %, 1x1 6 % (guessing)
   python convattn.py --task text    # 14 min: 2.42 bits a byte at 16 times the training length, 1x1 2.48, Kerple 2.62
-  python convattn.py --task che     # 12 min: even pairs on 41 to 100 symbols 100 %, 1x1 56 %, Kerple 51 %
+  python convattn.py --task che     # 11 min: even pairs on 41 to 100 symbols 100 %, 1x1 56 %, Kerple 51 %
 
 Symbols (B sequences, H heads, T positions, d channels a head, W hidden width, k kernel size, p = k // 2)
   paper        code      shape              meaning

@@ -8,11 +8,11 @@
 Sun, Liu, Bai, Bao, Zhao, Li, Hu, Yu, Hou, Yuan, Jiang, Liu, Yao, ICML 2025, arXiv 2410.09426
 
 Four bits have sixteen steps, so a tensor with a few large channels loses the others to rounding. An invertible matrix,
-learned per layer and small because it is a Kronecker product, spreads activations and weights until both are flat; its
-inverse goes into the weights, so nothing changes but the rounding.
+learned per layer and small because it is a Kronecker product, flattens activations and weights; its inverse goes into
+the weights, so nothing changes but the rounding. On a real model it loses less than Hadamard, without being flatter.
 
-  python flatquant.py     # 3 min on 2 cores: a small Llama, perplexity 3.49; in four bits 3.57, Hadamard 3.73, rtn 254
-  python flatquant.py --model smollm2-135m-instruct  # (tests/real.py) 10 min: 19.4; four bits 41.7, Hadamard 69.2
+  python flatquant.py  # 4 min on 2 cores: a small Llama, perplexity 3.49; four bits 3.57, best Hadamard 3.73, rtn 254
+  python flatquant.py --model smollm2-135m-instruct  # (tests/real.py) 12 min: 19.4; four bits 41.7, Hadamard 69.2
   python flatquant.py --model DIR --save q4 && python flatquant.py --load q4 --generate "Gravity is"
 
 Symbols (T tokens, C channels in, N channels out, H heads, hd channels a head)

@@ -13,7 +13,7 @@ it solves sudokus and finds paths where an autoregressive model of the same size
 
   python mdm.py                 # sudoku, 11 min on 2 cores: 99.7 % of the easy test boards exact (3 seeds), ar 2.3 %
   python mdm.py --task path     # 10 min: 99.8 % or more at every planning distance (3 seeds), ar 49 to 52 % from 2 on
-  python mdm.py --task cd3      # countdown, 9 min: 71 %, ar 77 %, so that claim fails here; sat5 (3-SAT), 6 min: 99 %
+  python mdm.py --task cd3      # countdown, 15 min: 71 %, ar 77 %, so that claim fails here; sat5 (3-SAT), 6 min: 99 %
   python mdm.py --solve boards.txt --load out/mdm/sudoku-small-s0    # 81 digits a line, 0 for a blank
 
 Symbols (N problems, B canvases, L positions, F symbols a position, R masked positions, V symbols, H heads)

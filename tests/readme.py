@@ -6,7 +6,8 @@ python tests/readme.py          # one line per difference or mistake, status 1 w
 python tests/readme.py --write  # fill the regions first
 A region stands between `<!-- results: SCRIPT-TASK-SCALE-TAG columns: a, b rows: c claims: d -->` (the last three may be
 left out) and `<!-- end results -->`; its records are results/SCRIPT-TASK-SCALE-TAG-s<seed>.json. Where claims are
-named the others are counted by their verdicts. The one table of all scripts stands between `<!-- summary` and
+named the others are counted by their verdicts; `claims: none` is for a second table of the same records, and leaves out
+claims and command. The one table of all scripts stands between `<!-- summary` and
 `<!-- end summary -->`; a line `SCRIPT-TASK-SCALE-TAG | claim | our measure | the baseline's measure` makes a row.
 Between `<!-- failed claims -->` and `<!-- end failed claims -->` stands each claim of these records that does not hold;
 between `<!-- dry-run: python SCRIPT.py FLAGS -->` and `<!-- end dry-run -->` what that command prints.
@@ -194,6 +195,8 @@ def summary(lines, root):
 def render(key, columns, arms, named, root):
     """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
     records, script = read(key, root)
+    if named == ["none"]:
+        return f"\n{table(records, columns, arms)}\n"
     parts = table(records, columns, arms), claims(records, script.verdict, named), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
@@ -216,7 +219,7 @@ def dry_run(script, flags, root):
 
 def generate(text, root):
     """README with its regions filled, and one line per mistake in a region or a record's name or use."""
-    mistakes, used, filled = [], set(), set()
+    mistakes, used, filled, bare = [], set(), set(), set()
 
     def fill(match):
         used.add(match[2])
@@ -226,7 +229,7 @@ def generate(text, root):
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
-        filled.add(match[2])
+        (bare if named == ["none"] else filled).add(match[2])
         return match[1] + body + match[6]
 
     def fill_summary(match):
@@ -248,6 +251,7 @@ def generate(text, root):
 
     new = SUMMARY.sub(fill_summary, REGION.sub(fill, text))
     new = DRY_RUN.sub(fill_dry_run, FAILED.sub(fill_failed, new))
+    mistakes += [f"region {key}: no other region has its claims and command" for key in sorted(bare - filled)]
     for name, form in {"results": REGION, "summary": SUMMARY, "failed claims": FAILED, "dry-run": DRY_RUN}.items():
         if not text.count(f"<!-- {name}") == text.count(f"<!-- end {name}") == len(form.findall(text)):
             mistakes.append(f"README.md has a region of {name} that is not well formed")

@@ -259,6 +259,16 @@ def test_readme_counts_claims_that_are_not_named(repository, capsys):
     assert readme.main(["--write"], repository) == 1 and "no claim named c9" in capsys.readouterr().out
 
 
+def test_readme_second_table_of_the_same_records(repository, capsys):
+    bare = REGION.replace(" -->\nformer", " claims: none -->\nformer")
+    (repository / "README.md").write_text(REGION + bare)
+    assert readme.main(["--write"], repository) == 0
+    text = (repository / "README.md").read_text()
+    assert text.count("| a | 2.0 ± 1.0 | 0.5 |") == 2 and text.count("- c1: ") == text.count("`python toy.py") == 1
+    (repository / "README.md").write_text(bare)
+    assert readme.main(["--write"], repository) == 1 and "no other region has its claims" in capsys.readouterr().out
+
+
 def test_readme_says_how_many_seeds_measured_a_claim(repository):
     """Seeds 1 and 2, of 2 and 3: mean 2.5, t(1) = 12.706; no seed but one: its own interval."""
     edit(repository / "results" / "toy-t-small-main-s0.json", claims=[])
