@@ -1373,10 +1373,10 @@ def plot_laws(path, cells):
             row[1].plot(*rows[rows[:, 1] == N, 2:4].T, ".", label=f"N {N:.3g}")
         row[1].plot(D, PUBLISHED[0][3](0, D, 0), color="gray", label="Shuai et al.")
         labels = ("B, tokens", "loss above the best"), ("D, tokens", "best B, tokens"), ("B, tokens", "best rate")
-        for axes, (x, y) in zip(row, labels):
-            axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+        for axes, (x, y), scale in zip(row, labels, ("linear", "log", "log")):
+            axes.set(xscale="log", yscale=scale, xlabel=x, ylabel=y)
             axes.xaxis.set_minor_formatter("")
-        row[0].set(title=f"{arm}, N {top:.3g}", yscale="linear")
+        row[0].set(title=f"{arm}, N {top:.3g}")
         row[0].legend(fontsize="x-small")
         row[1].legend(fontsize="x-small")
     figure.savefig(path, dpi=110)
