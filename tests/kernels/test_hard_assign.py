@@ -58,7 +58,7 @@ def brute_force(q, k, v, tau, eps, noise):
 
 # ------------------------------------------------------------------ the reference
 @pytest.mark.parametrize("tau, eps", [(1.0, 1.0), (0.3, 0.01)])
-def test_reference_equals_brute_force(monkeypatch, tau, eps):
+def test_reference_equals_brute_force(tau, eps):
     q, k, v, *_ = (x.double() if torch.is_tensor(x) else x for x in arguments(B=2, M=4, N=11, d=6))
     for noise in (torch.zeros(2, 4, 11), torch.randn(2, 4, 11)):
         out = hard_assign_ref(q, k, v, tau, eps, noise=noise)
