@@ -933,7 +933,8 @@ def ledger(cfg, run, data, vocab):
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} sequences/s, "
               f"{100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
               f"first nll {summed.item() / count.item():.2f}, uniform {math.log(vocab):.2f}")
-    print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
+    print(f"training will take about {total:.1f} minutes, evaluation not counted"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10), flush=True)
 
 
 def stopped(run):

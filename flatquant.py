@@ -1347,7 +1347,8 @@ def ledger(cfg, model, ids):
         seconds = min(timeit.repeat(step, number=1, repeat=3))
         print(f"{arm}: {len(model.layers)} blocks x {steps} steps x {1e3 * seconds:.0f} ms")
         total += len(model.layers) * steps * seconds / 60
-    print(f"calibration will take about {total:.1f} minutes, evaluation not counted", flush=True)
+    print(f"calibration will take about {total:.1f} minutes, evaluation not counted"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10), flush=True)
 
 
 def plot_flatness(path, measured, arms, block):

@@ -1128,7 +1128,8 @@ def cost(cfg, run=None):
     minutes = (2 * before * seconds[0] + 2 * after * seconds[1] + forwards * seconds[2] / many / 2) / 60
     print(f"a gradient takes {1e3 * seconds[0]:.2f} ms in pre-training, {1e3 * seconds[1]:.2f} ms downstream; of "
           f"{many} inputs it has {3 * flops * many / seconds[2] / peak:.0%} of a matmul's {peak / 1e9:.0f} GFLOP/s; "
-          f"with data and AdamW about {minutes:.1f} minutes", flush=True)
+          f"with data and AdamW about {minutes:.1f} minutes"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and minutes > 10), flush=True)
 
 
 def load_input(cfg, out):

@@ -47,8 +47,7 @@ Differences from the paper (--scale paper sets those with a flag back)
               a countdown used, and asks for the one stored assignment of 3-SAT.
   left out    LLaMA, VDM, Stream-of-Search; D3PM and RDM are the settings --sequence-weight original
               --no-token-reweighting, and linear without token reweighting.
-  unknown     whether the paper's sudoku AR has the size of its MDM; which decoding its tables use; the steps of sat5
-              and sat7, cd3 and cd5 (taken from sat9 and cd4).
+  unknown     size of the paper's sudoku AR; decoding of its tables; steps of sat5 and sat7, cd3 and cd5 (sat9's, cd4's).
 The paper's text was not at hand where a tag says "official code": the formula is read from HKUNLP/diffusion-vs-ar.
 
 Copy out: q_sample, token_weight, focal_loss, position_scores, choose, decode (it uses the two before it and remaining)
@@ -1454,7 +1453,8 @@ def ledger(cfg, run, problems):
         print(f"{arm}: {n:,} parameters | {cfg.steps} steps x {1e3 * seconds:.0f} ms | {rate:.0f} problems/s, "
               f"{rate * L:,.0f} tokens/s, {100 * rate * flops / peak:.0f} % of a matmul's {peak / 1e9:.0f} GFLOP/s | "
               f"first nll {nll:.2f}, uniform {math.log(vocabulary(cfg)):.2f}")
-    print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
+    print(f"training will take about {total:.1f} minutes, evaluation not counted"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10), flush=True)
 
 
 def plot_curves(path, done):
