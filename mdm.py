@@ -47,7 +47,7 @@ Differences from the paper (--scale paper sets those with a flag back)
               a countdown used, and asks for the one stored assignment of 3-SAT.
   left out    LLaMA, VDM, Stream-of-Search; D3PM and RDM are the settings --sequence-weight original
               --no-token-reweighting, and linear without token reweighting.
-  unknown     size of the paper's sudoku AR; decoding of its tables; steps of sat5 and sat7, cd3 and cd5 (sat9's, cd4's).
+  unknown     size of the paper's sudoku AR; decoding of its tables; steps of sat5, sat7 (here sat9's), cd3, cd5 (cd4's)
 The paper's text was not at hand where a tag says "official code": the formula is read from HKUNLP/diffusion-vs-ar.
 
 Copy out: q_sample, token_weight, focal_loss, position_scores, choose, decode (it uses the two before it and remaining)
