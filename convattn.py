@@ -26,9 +26,8 @@ An arm is a position encoding and what is added: nope, kerple+1x3, alibi+1x1w96 
 convolution of width 3 along the keys themselves: a control), kerple@2 (two layers). 1x1 is DAPE V1.
 
 Differences from the paper
-  edge        the hidden columns right of the diagonal that the second convolution reads exist for every query. The
-              official code pads with zeros at the end of the tensor, so the last p rows depend on the length of the
-              input, and a decoded token is always such a row (--edge official).
+  edge        hidden columns right of the diagonal, read by the second convolution, exist for every query. The official
+              code has zeros behind the tensor's end: the last p rows, a decoded one too, differ (--edge official).
   biases      convolved once for the whole batch: the first convolution is linear. Distances are fp32, the biases are
               in the type of the scores. Without a bias H channels (the official modules for NoPE and RoPE expect 2 H).
   decay       r1, r2 of Kerple and FIRE's c, m are not decayed; r1, r2 are kept above 0.01 after each step.

@@ -28,8 +28,7 @@ Differences from the paper
   factors     the divisor of C next below its root; the official rule gives the same for the models of the paper.
   text        the standard library's documentation of Python, split by topic; --data and --test-data take files.
               Calibration takes windows side by side (official code: at random places).
-  small       8 x 256 tokens for calibration, batch 2, 8 epochs (paper: 128 x 2048, batch 4, 15 epochs). Always fp32
-              (paper: AMP, fp32 in an ablation).
+  small       8 x 256 tokens to calibrate on, batch 2, 8 epochs, fp32 (paper: 128 x 2048, batch 4, 15 epochs, AMP).
   tiny        bytes, 4 layers; outliers are put in by scaling norm gains and undoing it in the weights: the function
               stays the same. It shows the mechanism; the evidence is the real model.
   baselines   SmoothQuant (alpha 0.5) also scales the input of o_proj, online, and of down_proj. Hadamard matrices stand
@@ -1209,9 +1208,8 @@ def load_kernel(name):
 
 def stopped(run):
     """After Ctrl-C, when the state is saved: say how to go on, and leave."""
-    if not run.rank:
-        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"stopped; continue with: {command}")
+    command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    print(f"stopped; continue with: {command}")
     raise SystemExit(130)
 
 
