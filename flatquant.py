@@ -1129,8 +1129,10 @@ def fetch_model(name, offline=False):
         return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
-    if os.getenv("HF_TOKEN") and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
-        hub.headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()  # dropped on the way to another host
+    token = os.getenv("HF_TOKEN", "").strip()
+    re.fullmatch("[!-~]*", token) or fail("HF_TOKEN must be ASCII without blanks")  # requests would print it
+    if token and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
+        hub.headers["Authorization"] = f"Bearer {token}"  # dropped on the way to another host
     try:
         commit = hub.get(f"{url}/api/models/{repo[1]}/revision/{(repo[2] or '@main')[1:]}", timeout=60).json()["sha"]
         entries = {e["path"]: e for e in hub.get(f"{url}/api/models/{repo[1]}/tree/{commit}", timeout=60).json()}
@@ -1186,7 +1188,7 @@ def load_tokenizer(folder):
         head = "<|start_header_id|>{0}<|end_header_id|>\n\n" if llama else "<|im_start|>{0}\n"
         turn = head + ("{1}<|eot_id|>" if llama else "{1}<|im_end|>\n")
         turns = [(turn, m["role"], m["content"].strip() if llama else m["content"]) for m in messages]
-        if llama or (preset and messages[0]["role"] != "system"):
+        if llama or (preset and [m["role"] for m in messages[:1]] != ["system"]):
             turns.insert(0, ("<|begin_of_text|>",) if llama else (turn, "system", preset[1]))
         turns.append((head, "assistant"))
         parts = [(part, fills) for form, *fills in turns for part in re.split(r"(<\|\w+\|>)", form)]

@@ -98,7 +98,6 @@ class Config:
     task: str = "world"  # world|graph|synth|sft|bfcl: all of it, made up; real tools' graph; dialogues; tuning; a score
     scale: str = "small"  # smoke|small|long|paper: a row of SCALES below; explicit flags win over it
     arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
-    arms: str = "both,no-plan,no-graph,neither"  # comma list out of ARMS below; task synth takes the first
     students: str = "neither,both"  # arms whose dialogues a student is trained on; "" = none
     tag: str = "main"  # name of this variant in the RESULT record
     seed: int = 0  # dialogues, first weights, order of training
@@ -1907,8 +1906,10 @@ def fetch_model(name, offline=False):
         return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
-    if os.getenv("HF_TOKEN") and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
-        hub.headers["Authorization"] = "Bearer " + os.environ["HF_TOKEN"].strip()  # dropped on the way to another host
+    token = os.getenv("HF_TOKEN", "").strip()
+    re.fullmatch("[!-~]*", token) or fail("HF_TOKEN must be ASCII without blanks")  # requests would print it
+    if token and re.match(r"https:|http://(127\.0\.0\.1|localhost)(:\d+)?$", url):
+        hub.headers["Authorization"] = f"Bearer {token}"  # dropped on the way to another host
     try:
         commit = hub.get(f"{url}/api/models/{repo[1]}/revision/{(repo[2] or '@main')[1:]}", timeout=60).json()["sha"]
         entries = {e["path"]: e for e in hub.get(f"{url}/api/models/{repo[1]}/tree/{commit}", timeout=60).json()}
@@ -1964,7 +1965,7 @@ def load_tokenizer(folder):
         head = "<|start_header_id|>{0}<|end_header_id|>\n\n" if llama else "<|im_start|>{0}\n"
         turn = head + ("{1}<|eot_id|>" if llama else "{1}<|im_end|>\n")
         turns = [(turn, m["role"], m["content"].strip() if llama else m["content"]) for m in messages]
-        if llama or (preset and messages[0]["role"] != "system"):
+        if llama or (preset and [m["role"] for m in messages[:1]] != ["system"]):
             turns.insert(0, ("<|begin_of_text|>",) if llama else (turn, "system", preset[1]))
         turns.append((head, "assistant"))
         parts = [(part, fills) for form, *fills in turns for part in re.split(r"(<\|\w+\|>)", form)]
@@ -1989,6 +1990,7 @@ class Chat:
         self.http, adapter = requests.Session(), requests.adapters.HTTPAdapter(pool_maxsize=workers, max_retries=retry)
         self.http.adapters = {"http://": adapter, "https://": adapter}
         key, safe = os.getenv("OPENAI_API_KEY", "").strip(), r"https:|http://(127\.0\.0\.1|localhost|\[::1\])[:/]"
+        re.fullmatch("[!-~]*", key) or fail("OPENAI_API_KEY must be ASCII without blanks")  # requests would print it
         self.http.auth = lambda request: request  # else a netrc file could add a password
         self.http.headers.update({"Authorization": f"Bearer {key}"} if key and re.match(safe, self.url) else {})
 
@@ -2066,7 +2068,7 @@ def encoder_of(cfg, device):
         new = sorted(set(texts) - known.keys(), key=lambda text: (len(text), text))
         for i in range(0, len(new), 64):  # those of like length together, none twice
             known.update(zip(new[i : i + 64], encoder.embed([text[:1500] for text in new[i : i + 64]]).cpu()))
-        return torch.stack([known[text] for text in texts])
+        return torch.stack([known[text] for text in texts]) if texts else torch.zeros(0, 1)
 
     return embed, Path(cfg.encoder).name
 
@@ -2181,7 +2183,7 @@ def read_training(path):
                 raise ValueError("a role or a content of another kind")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
-    return rows
+    return [row for row in rows if row["messages"]] or fail(f"--data {path}: no dialogue in it")
 
 
 def ledger(cfg, run, tok, rows, asked):
@@ -2427,7 +2429,7 @@ def run_synth(cfg, run, state):
     estimate(cfg)
     embed, name = encoder_of(cfg, run.device)
     tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
-    if len(tools) < int(cfg.n_tools[2]):
+    if len(tools) < max(2, int(cfg.n_tools[2])):
         fail(f"--tools {cfg.tools}: {len(tools)} tools, --n-tools {cfg.n_tools} takes more of them into a dialogue")
     graph, before = build_graph(cfg, tools, embed), state["done"].get("tokens", 0)
     (folder := run.out / "replies").mkdir(exist_ok=True)
@@ -2456,7 +2458,12 @@ def run_synth(cfg, run, state):
 
 def run_sft(cfg, run, state):
     """Fine-tune --model on --data, all weights or LoRA, on all ranks of torchrun, to a folder that --model takes."""
-    rows, folder = read_training(Path(cfg.data)), fetch_model(cfg.model)
+    rows = read_training(Path(cfg.data))
+    if not run.rank:
+        fetch_model(cfg.model)
+    if run.world > 1:  # the others find it
+        dist.barrier()
+    folder = fetch_model(cfg.model)
     model, tok = load_real(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
     if not len(data["ids"]):

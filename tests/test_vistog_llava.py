@@ -305,7 +305,6 @@ BAD = {
     "no list": ("llava.json", "{}", ["llava.json, item 1"]),
     "no answer": ("llava.json", json.dumps([turns(("human", "x"))]), ["llava.json, item 1", "conversations"]),
     "two questions": ("llava.json", json.dumps([turns(("human", "x"), ("human", "y"))]), ["item 1", "gpt"]),
-    "empty answer": ("llava.json", json.dumps([turns(("human", "x"), ("gpt", " "))]), ["item 1", "empty"]),
     "a number": ("llava.json", json.dumps([turns(("human", 1), ("gpt", "x"))]), ["item 1", "text"]),
     "out of it": ("llava.json", json.dumps([dict(image="../lm/config.json") | turns(("human", "x"), ("gpt", "x"))]),
                   ["item 1", "image", "directory"]),
@@ -317,6 +316,31 @@ BAD = {
     "no lm": ("lm/config.json", "{}", ["--model", "lm"]),
     "text for an image": ("images/sub/0.png", "no image", ["0.png"]),
 }
+
+
+def test_files_as_users_have_them(here):
+    """A mark of byte order, blank lines, U+2028 in a text, odd names, a question at the end: all are read."""
+    (here / "images" / "it's (1)+\u00e9.png").write_bytes((here / "images" / "sub" / "0.png").read_bytes())
+    rows = [dict(image="it's (1)+\u00e9.png", **turns(("human", "a\u2028b"), ("gpt", "c"), ("human", "d"))),
+            turns(("human", "e"), ("gpt", ""))]
+    text = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n"
+    for form in (text, "\ufeff\n" + json.dumps(rows)):
+        (here / "odd.json").write_text(form, "utf-8")
+        first, second = m.read_records("odd.json", "images", m.llava_turns)
+        assert first["turns"] == [("a\u2028b", "c")] and first["image"].is_file()
+        assert second == dict(turns=[("e", "")], image=None)
+
+
+def test_an_image_of_16_bits_is_refused(here, capsys):
+    """PIL would cut off all above 255, so that the image is white."""
+    Image.fromarray(np.full((4, 4), 30_000, np.uint16)).save(here / "deep.png")
+    with pytest.raises(SystemExit):
+        m.read_image("deep.png", 4)
+    assert "8 bits a channel" in capsys.readouterr().err
+
+
+def test_answers_are_stripped():
+    assert m.pope_scores([" No\n", "\nNo, it is not.", "Yes"], ["no", "no", "yes"])["accuracy"] == 1
 
 
 @pytest.mark.parametrize("name", BAD)
