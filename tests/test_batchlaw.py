@@ -182,6 +182,18 @@ def test_parabola():
     assert m.parabola(x[:3], [2.0, 1.0, math.inf], 1) is None
 
 
+def test_parabola_needs_a_neighbour_on_each_side():
+    """Bug: the last point, or one beside a run that failed, passes for a minimum, since the parabola's lowest point is
+    inside the range: it was not seen to rise again."""
+    x = np.arange(6.0)
+    for at in (0.3, 4.7):  # nearest to the first and to the last point
+        assert m.parabola(x, (x - at) ** 2, 3) is None
+    for hole in (2, 4):
+        y = (x - 3.1) ** 2
+        y[hole] = math.nan
+        assert m.parabola(x, y, 3) is None and m.parabola(x, (x - 3.1) ** 2, 3) == pytest.approx((3.1, 0.0), abs=1e-9)
+
+
 # ---------------------------------------------------------------- noise and the quadratic
 def test_gradient_noise_is_unbiased():
     """(f) Known G and Sigma: means over many draws; identical gradients have no noise."""
