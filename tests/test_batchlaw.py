@@ -108,6 +108,16 @@ def test_fit_is_the_minimum_found_by_scipy():
     assert objective <= found.fun * (1 + 1e-6)
 
 
+def test_starts_are_of_the_grid_of_chinchilla(monkeypatch):
+    """(Hoffmann et al. 2022, App. D.3) log A in 0, 5 .. 25, log E in -1, -0.5 .. 1, exponents in 0, 0.5 .. 2; each
+    value is drawn. Bug: one step of a grid too far."""
+    seen = []
+    monkeypatch.setattr(m, "huber_lm", lambda X, y, p, *_, **__: seen.append(p) or (p, np.arange(len(p)), [np.eye(5)]))
+    m.fit_law(np.ones(3), *np.ones((2, 3)), starts=500)
+    a, e, alpha = np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.arange(0, 2.5, 0.5)
+    assert [np.unique(column).tolist() for column in seen[0].T] == [x.tolist() for x in (a, a, e, alpha, alpha)]
+
+
 def test_counts_are_repetitions():
     """A run that counts twice is there twice; one that counts 0 times is not."""
     xs, loss = planted(CHINCHILLA, 40, 0.01)
