@@ -345,6 +345,13 @@ def test_t6_semdedup():
     assert far in wide  # the hardest is the first
 
 
+def test_t6_of_equal_rows_the_first_stays():
+    """T6: copies are equally far, so their order decides. Bug: a sort that may exchange them, so that what is kept
+    changes with the machine."""
+    e = unit(400)
+    assert m.semdedup(e.repeat(3, 1), 1e-6, steps=3) == list(range(400))
+
+
 def test_kernels_get_what_they_take(monkeypatch):
     """--kernels hands (T, d), (V, d) and targets that count over; unit rows and their clusters."""
     seen = []
