@@ -323,6 +323,16 @@ def test_t6_the_loss_by_hand():
     assert torch.allclose(m.rft_loss(logp, ref, count)[0], -logp[:, 0] / count)
 
 
+def test_likelihood_arm_by_hand():
+    """Arm 1: -log p(w) per token; its margin is that of the other arms, 0 at the start. Bug: the margin adds the
+    reference instead of taking it off."""
+    logp, ref, count = sums()
+    loss, margin = m.rft_loss(logp, ref, count)
+    assert torch.allclose(loss, torch.tensor([-a / n for (a, _), n in zip(logp.tolist(), count.tolist())]).double())
+    assert torch.allclose(margin, m.rise_loss(logp, ref, count)[1])
+    assert torch.equal(m.rft_loss(logp, logp, count)[1], torch.zeros(len(count)).double())
+
+
 def test_t6_finite_differences_of_the_whole_loss():
     """T6: every weight's gradient of the whole loss, pairs packed with a shared context, in fp64."""
     model, pairs = network(), token_pairs(3)
