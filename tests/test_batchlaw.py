@@ -108,6 +108,16 @@ def test_fit_is_the_minimum_found_by_scipy():
     assert objective <= found.fun * (1 + 1e-6)
 
 
+def test_starts_are_of_the_grid_of_chinchilla(monkeypatch):
+    """(Hoffmann et al. 2022, App. D.3) log A in 0, 5 .. 25, log E in -1, -0.5 .. 1, exponents in 0, 0.5 .. 2; each
+    value is drawn. Bug: one step of a grid too far."""
+    seen = []
+    monkeypatch.setattr(m, "huber_lm", lambda X, y, p, *_, **__: seen.append(p) or (p, np.arange(len(p)), [np.eye(5)]))
+    m.fit_law(np.ones(3), *np.ones((2, 3)), starts=500)
+    a, e, alpha = np.arange(0, 30, 5), np.arange(-1, 1.5, 0.5), np.arange(0, 2.5, 0.5)
+    assert [np.unique(column).tolist() for column in seen[0].T] == [x.tolist() for x in (a, a, e, alpha, alpha)]
+
+
 def test_counts_are_repetitions():
     """A run that counts twice is there twice; one that counts 0 times is not."""
     xs, loss = planted(CHINCHILLA, 40, 0.01)
@@ -180,6 +190,18 @@ def test_parabola():
     y[2] = math.nan  # beside the lowest
     assert m.parabola(x, y, 1) is None
     assert m.parabola(x[:3], [2.0, 1.0, math.inf], 1) is None
+
+
+def test_parabola_needs_a_neighbour_on_each_side():
+    """Bug: the last point, or one beside a run that failed, passes for a minimum, since the parabola's lowest point is
+    inside the range: it was not seen to rise again."""
+    x = np.arange(6.0)
+    for at in (0.3, 4.7):  # nearest to the first and to the last point
+        assert m.parabola(x, (x - at) ** 2, 3) is None
+    for hole in (2, 4):
+        y = (x - 3.1) ** 2
+        y[hole] = math.nan
+        assert m.parabola(x, y, 3) is None and m.parabola(x, (x - 3.1) ** 2, 3) == pytest.approx((3.1, 0.0), abs=1e-9)
 
 
 # ---------------------------------------------------------------- noise and the quadratic

@@ -320,6 +320,24 @@ def test_merged_is_trained(arm, kind):
     assert error.median() < 1e-5 and (error > 1e-3).float().mean() < 0.1  # a tie may fall to the other side
 
 
+@kinds
+@pytest.mark.parametrize("arm", ["hadamard", "flatquant"])
+def test_kernels_and_script_agree(arm, kind, monkeypatch):
+    """A merged block by the references of kernels/kron_quant.py and int4_gemm.py. Bug: tokens of a batch whose rows are
+    not put back to (N, L)."""
+    from kernels import int4_gemm, kron_quant
+
+    _, student, x, turn = block(arm, kind, clip=1.0, k_bits=4, v_bits=4)
+    student.merge().double()
+    wanted = student(x, turn)
+    names = dict(kron_quant=kron_quant.kron_quant_ref, int4_gemm=int4_gemm.int4_gemm_ref)
+    monkeypatch.setattr(m, "load_kernel", names.get)
+    student.cfg.kernels = True
+    for whole in (module for module in student.modules() if isinstance(module, m.WholeLinear)):
+        whole.codes = m.pack(whole.codes)
+    assert torch.allclose(student(x, turn), wanted, atol=1e-5)
+
+
 def test_product_of_codes_is_exact():
     """Whole numbers of four bits, 14336 of them, in fp32: the int64 product, then both scales."""
     student = m.QuantLayer(m.read_shape(LLAMA), "rtn", m.Config())

@@ -538,6 +538,18 @@ def test_orders_score_what_they_say():
     assert len(orders) == 6 and all(abs(n / rows - 1 / 6) < 0.04 for n in orders.values())
 
 
+@pytest.mark.parametrize("order", ["confidence", "margin"])
+def test_kernel_and_script_agree(order, monkeypatch):
+    """The reference of kernels/decode_scores.py gives what position_scores gives. Bug: rows that are not positions."""
+    from kernels.decode_scores import decode_scores_ref
+
+    logits = 3 * torch.randn(2, 3, m.VOCAB)
+    wanted = m.position_scores(logits.clone(), order)
+    monkeypatch.setattr(m, "load_kernel", dict(decode_scores=decode_scores_ref).get)
+    found = m.position_scores(logits, order, kernels=True)
+    assert torch.equal(found[0], wanted[0]) and all(map(torch.allclose, found[1:], wanted[1:]))
+
+
 @pytest.mark.parametrize("steps, agreement", [(1, 0.5), (2, 1.0)])
 def test_two_calls_make_two_answers_agree(steps, agreement):
     """paper Sec. 3: x1 = x2 is a fair bit. Both at once agree half of the time, in turn always."""

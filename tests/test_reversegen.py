@@ -254,6 +254,12 @@ def test_t5_self_bleu_is_brute_force():
     assert m.self_bleu(apart) == pytest.approx(np.mean([math.exp(np.mean(logs[:n])) for n in (2, 3, 4, 5)]), abs=1e-12)
 
 
+def test_t5_brevity_of_a_single_word():
+    """T5: brevity exp(1 - r / c) with c = 1, also beside an empty text. Bug: lengths below two count as two."""
+    for texts in (["x", "a b c", "a b d", "x b c"], ["", "x", "a b c d"]):
+        assert m.self_bleu(texts) == pytest.approx(brute_self_bleu(texts), abs=1e-12)
+
+
 def test_t6_minhash_estimates_the_jaccard_index():
     """T6: within four standard errors at 512 hashes; 1 for equal sets; also for a text of one word."""
     rng = random.Random(0)
@@ -339,6 +345,13 @@ def test_t6_semdedup():
     assert far in wide  # the hardest is the first
 
 
+def test_t6_of_equal_rows_the_first_stays():
+    """T6: copies are equally far, so their order decides. Bug: a sort that may exchange them, so that what is kept
+    changes with the machine."""
+    e = unit(400)
+    assert m.semdedup(e.repeat(3, 1), 1e-6, steps=3) == list(range(400))
+
+
 def test_kernels_get_what_they_take(monkeypatch):
     """--kernels hands (T, d), (V, d) and targets that count over; unit rows and their clusters."""
     seen = []
@@ -369,6 +382,14 @@ def test_t3_loss_is_that_of_the_completion_tokens_one_by_one():
     assert (batch["target"] >= 0).sum() == count
     other = [(prompt[:-1] + [(prompt[-1] + 1) % 30], completion) for prompt, completion in rows]
     assert (m.collate(other)["target"] == batch["target"]).all()  # a prompt is no target
+
+
+def test_every_token_counts():
+    """One token apart, each of the vocabulary has its own log p. Bug: token 0 taken for padding."""
+    model = network()
+    logp = model(torch.tensor([[3, 4]]))[0, -1].log_softmax(-1)
+    found = m.completion_logp(model, **m.collate([([3, 4], [token]) for token in range(len(logp))]))
+    assert torch.allclose(found, logp)
 
 
 def test_t2_dpo_identities():
@@ -586,6 +607,27 @@ def test_t10_budget_is_counted_to_the_call(planted, here):
     assert who.target.asked == 60 and not {row["instruction"] for row in more if row["asked"]} & set(texts)
     again = m.explore(cfg, a_run(here), dict(done={}), who, "round1", 30, [], ("round", 0, 1))
     assert again == rows and who.target.asked == 60
+
+
+@pytest.mark.parametrize("queries", [1, 21])
+def test_t10_the_last_call_of_a_budget_is_made(planted, here, queries):
+    """T10: budgets of one call, also as the rest of a larger one. Bug: the search ends with one call left."""
+    cfg, who = planted
+    cfg.part = 1
+    rows = m.explore(cfg, a_run(here), dict(done={}), who, "round1", queries, [], ())
+    assert who.target.asked == sum(row["asked"] for row in rows) == queries
+
+
+def test_a_proposal_continues_the_list_of_its_seeds(planted, monkeypatch):
+    """The proposer reads a header, the seeds of the row as a numbered list and the next number, nothing behind it. Bug:
+    it reads the completion, which is empty."""
+    (cfg, who), shown = planted, []
+    monkeypatch.setattr(Planted, "write", lambda self, prompts, *_: shown.extend(prompts) or [["none"]] * len(prompts))
+    rows = m.attempt(cfg, who, range(5), ())
+    for row, prompt in zip(rows, shown, strict=True):
+        lines = [f"{i}. {who.seeds[j]['question']}" for i, j in enumerate(row["prompt"], 1)]
+        text = "\n".join([m.HEADER, *lines, f"{cfg.shots + 1}."])
+        assert prompt == who.proposer.tok.encode(text) and len(set(row["prompt"])) == cfg.shots
 
 
 def test_t11_a_cut_file_is_completed_to_the_same_bytes(planted, here):

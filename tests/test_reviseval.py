@@ -258,6 +258,13 @@ def test_greedy_f1_by_loops():
     assert torch.allclose(m.greedy_f1(a, a, a_mask, a_mask, a_w, a_w)[2], torch.ones(3, dtype=torch.float64))
 
 
+def test_greedy_f1_without_a_common_direction():
+    """P = R = 0 gives F = 0. Bug: 0 / 0 counts as a perfect score."""
+    both = torch.ones(1, 2, dtype=torch.bool)
+    a, b = torch.eye(4).split(2)  # all four tokens at right angles
+    assert [x.tolist() for x in m.greedy_f1(a[None], b[None], both, both, both.float(), both.float())] == [[0.0]] * 3
+
+
 def test_kernels_get_what_they_take(monkeypatch):
     from kernels.greedy_match import greedy_match
     from kernels.token_logp import token_logp
@@ -432,6 +439,35 @@ def test_trap_9_verdicts_are_read_and_never_guessed():
     assert "Another" not in m.revise_request("tone", "q", "a") and "[Another answer]\nb" in m.revise_request(
         "tone", "q", "a", "b"
     )
+
+
+def test_a_tiny_judge_says_a_score_where_its_explanation_ends(monkeypatch):
+    """The expected score behind what it wrote, and the likeliest one, NaN where it wrote as long as it could. Bug: the
+    other way round."""
+    told, p, asked = {",": [5] * 4, ".": [5] * m.MOST_WORDS, "and": []}, np.eye(5)[[2, 4, 0]] * 0.8 + 0.04, []
+    monkeypatch.setattr(m, "generate", lambda model, prompts, *_: [told[m.decode(x).split()[-2]] for x in prompts])
+    monkeypatch.setattr(m, "choice", lambda model, prompts, options: asked.extend([prompts, options]) or p)
+    expected, likeliest = m.Tiny(dict(judge=network())).judge([","] * 3, list(told))
+    assert expected == pytest.approx([3, 0.84 * 5 + 0.04 * 10, 0.84 + 0.04 * 14])
+    assert (likeliest[0], likeliest[2]) == (3, 1) and math.isnan(likeliest[1])
+    assert asked == [[m.encode(f"<judge> , | {text} =>") + told[text] for text in told], m.encode("1 2 3 4 5")]
+
+
+def test_temperatures_of_the_judge():
+    """(official code) Greedy without a reference, 0.1 with one; each request gets its own verdict. Bug: the other way
+    round."""
+    calls = []
+
+    class Backend:
+        def ask(self, contents, temperature, key):
+            calls.append((temperature, [text.count("[Reference answer]") for text in contents]))
+            return [f"[[{1 + len(text) % 5}]]" for text in contents]
+
+    row = dict(id="0", source="q", response="a", references=dict(none="", human="good", adapted="better"))
+    verdicts = m.make_judgments(m.Config(), Backend(), [row])[0]["verdicts"]
+    assert calls == [(0.0, [0]), (0.1, [1, 1])]
+    for verdict, text in zip(verdicts, row["references"].values()):
+        assert verdict["verdict"] == len(m.judge_request(m.Config().rubric, "q", ["a"], text)) % 5
 
 
 @pytest.mark.parametrize(

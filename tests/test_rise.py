@@ -197,6 +197,29 @@ def test_t8_edits_are_applied_once_and_in_place():
     assert made == m.edit_problems(m.Config(edit_alpha=20), Backend(), rows, 0)  # by the key alone
 
 
+def test_tail_is_a_part_of_the_step():
+    """(official code) At most four sentences, without space around, also of blank texts. Bug: it begins behind its end,
+    so that a step with its tail replaced by itself grows."""
+    rng = random.Random(0)
+    for _ in range(300):
+        step = "".join(rng.choice("a ab .\n ") + rng.choice(["", ". "]) for _ in range(rng.randint(0, 9)))
+        i, j = m.tail(step)
+        assert 0 <= i <= j <= len(step) and step[i:j] == step[i:j].strip() and not step[j:].strip()
+        assert step[:i] + step[i:j] + step[j:] == step and bool(step[i:j]) == bool(step.strip())
+
+
+def test_random_corruption_has_the_size_of_the_edit():
+    """Arm E: as many places as Eq. 1's distance of the edit beside it. Bug: at least two, or at most one."""
+    step, edits = " 12 + 7 = 19\n", (" 12 + 8 = 19\n", " 12 + 8 = 20\n", " 12 - 8 = 20\n", " 13 - 8 = 20\n")
+    rows = [dict(before="Step 1:", step=step, edited=text, kind="value", drop="") for text in edits]
+    row = dict(id=1, question="q", combinations=[("Step 1:" + step, "Step 1:" + edits[0])])
+    made = m.build_pairs(m.Config(arms="E"), row, dict(steps=rows), None, 0)
+    assert len(made["edit"]) == len(made["random"]) == 4
+    for edit, other in zip(made["edit"], made["random"]):
+        places = [sum(a != b for a, b in zip(m.pieces(step), m.pieces(pair["rejected"]))) for pair in (edit, other)]
+        assert edit["distance"] == places[0] == places[1] == 1 + edits.index(edit["rejected"])
+
+
 def test_admissible_instructions():
     """(official code) By the count of numbers and an equals sign."""
     equation = ["wrong_sub", "symbol", "swap", "del_term"]
@@ -298,6 +321,16 @@ def test_t6_the_loss_by_hand():
         assert math.isclose(gated[i], plain[i] + extra * (logp[i, 0] < ref[i, 0]))
     assert 0 < (gated != plain).sum() < 40
     assert torch.allclose(m.rft_loss(logp, ref, count)[0], -logp[:, 0] / count)
+
+
+def test_likelihood_arm_by_hand():
+    """Arm 1: -log p(w) per token; its margin is that of the other arms, 0 at the start. Bug: the margin adds the
+    reference instead of taking it off."""
+    logp, ref, count = sums()
+    loss, margin = m.rft_loss(logp, ref, count)
+    assert torch.allclose(loss, torch.tensor([-a / n for (a, _), n in zip(logp.tolist(), count.tolist())]).double())
+    assert torch.allclose(margin, m.rise_loss(logp, ref, count)[1])
+    assert torch.equal(m.rft_loss(logp, logp, count)[1], torch.zeros(len(count)).double())
 
 
 def test_t6_finite_differences_of_the_whole_loss():
