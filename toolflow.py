@@ -11,9 +11,9 @@ Tools whose parameters and returns mean the same are joined in a graph. A dialog
 and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
 shall use the history better than one trained on as many tokens about random tools without a plan.
 
-  python toolflow.py                        # 7 min on one core; arguments that a tool returned before: 61 % right, 51
-                                            # without graph and plan; those in the request itself: 78 and 84
-  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 3 min; 1,441 real tools: with
+  python toolflow.py                        # 12 min on a shared core; what a tool returned before as argument: 61 %
+                                            # right, 50 without graph and plan; what the request itself says: 79 and 84
+  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 2 min; 1,441 real tools: with
                                             # an edge 75 % of pairs are used in one task, of all pairs 21 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
   python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it;

@@ -49,7 +49,8 @@ Differences from the paper, whose text was not at hand: abstract, reviews and Gr
   llava       a language model with byte-level BPE and Llama-3's or ChatML's turns (Vicuna has SentencePiece). The loss
               is the mean over all learned words of a batch (LLaVA: of a device's part); AdamW has beta2 0.95 (0.999).
               Pixels are padded to a square, <image> goes ahead of the first question, as LLaVA does. No record of it.
-  left out    benchmarks but POPE (a file a run, not the mean of its three), free reducers in llava, FastV, VisionZip, PruMerge, gradient checkpointing.
+  left out    benchmarks but POPE (a file a run, not the mean of three), free reducers in llava, FastV, VisionZip,
+              PruMerge, gradient checkpointing.
 
 Copy out: hard_assign with gumbel_noise, semantic_stream with Vision, VisToG, tome, load_clip
 """
