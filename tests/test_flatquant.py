@@ -413,7 +413,8 @@ def test_flatquant_beats_hadamard_by_learning():
     for seed in range(3):
         torch.manual_seed(seed)
         x, turn = inputs_of(model, rows=8, L=24, correlated=True)
-        ours, peer = (fitted(arm, model, x[:4], turn, x[4:], epochs=15, lr=5e-3) for arm in ("flatquant", "hadamard_lct"))
+        ours, peer = (fitted(arm, model, x[:4], turn, x[4:], epochs=15, lr=5e-3)
+                      for arm in ("flatquant", "hadamard_lct"))
         found.append([*ours, peer[0]])
     learned, before, peer = map(sum, zip(*found))
     assert learned < 0.92 * before and learned < 0.97 * peer
