@@ -75,6 +75,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -1088,23 +1089,28 @@ RULES = {"F1": "a call is no JSON, or not of these tools", "F2": "a call without
          "F7": "an argument that nobody said", "F8": "the user names a tool", "F9": "near to an earlier dialogue",
          "F10": "too long"}
 TYPES = dict(string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict, null=type(None))
+NUMBER = re.compile(r"(?<!\w)(?<!\d\.)-?\d+(?:,\d{3})*(?:\.\d+)?")
 NEXT = {"": ["user"], "user": ["assistant"], "assistant": ["user"], "calls": ["tool"], "tool": ["tool", "assistant"]}
 
 
 def fits(value, shape):
     """Is a value of a JSON schema's types and of its enum, and are its parts?"""
-    if not isinstance(shape, dict) or "anyOf" in shape:
-        return not isinstance(shape, dict) or any(fits(value, part) for part in shape["anyOf"])
+    if not isinstance(shape, dict):
+        return True
+    beside = dict(additionalProperties=True) if "properties" in shape else {}  # its parts need not know all names
+    if "anyOf" in shape and not any(fits(value, beside | part if isinstance(part, dict) else part)
+                                    for part in shape["anyOf"]):
+        return False
     kinds, known = shape.get("type"), shape.get("properties")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if value is None and "null" in kinds:
         return True
     right = any(isinstance(value, TYPES.get(kind, object)) and (kind not in ("integer", "number") or not isinstance(
         value, bool)) for kind in kinds) and value in shape.get("enum", [value])
-    if isinstance(value, dict) and known is not None:
-        right &= set(shape.get("required", ())) <= value.keys() and all(
-            fits(part, known.get(name)) and (name in known or shape.get("additionalProperties"))
-            for name, part in value.items())
+    if isinstance(value, dict):
+        right &= set(shape.get("required", ())) <= value.keys() and (known is None or all(
+            fits(part, known.get(name)) and (name in known or bool(shape.get("additionalProperties")))
+            for name, part in value.items()))
     return right and (not isinstance(value, list) or all(fits(part, shape.get("items")) for part in value))
 
 
@@ -1119,7 +1125,24 @@ def grounded(value, shape, seen):
         return all(grounded(v, shape.get("properties", {}).get(name), seen) for name, v in value.items())
     if isinstance(value, list):
         return all(grounded(v, shape.get("items"), seen) for v in value)
+    if isinstance(value, (int, float)):  # 1000 and 1000.0 are "1,000"; 5 is in "5 pm", not in "5.25"
+        return any(Decimal(n.replace(",", "")) == Decimal(str(value)) for n in NUMBER.findall(seen))
     return re.search(rf"(?<!\w){re.escape(str(value).lower())}(?!\w)", seen) is not None
+
+
+def spoken(content):
+    """Names and values of a tool's JSON, a line each, without JSON's escapes; a text that is no JSON as it is."""
+    try:
+        parts, lines = [json.loads(content)], []
+    except (ValueError, RecursionError):
+        return content
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (dict, list)):
+            parts += [*part, *part.values()] if isinstance(part, dict) else part
+        else:
+            lines.append(str(part))
+    return "\n".join(lines)
 
 
 def call_breaks(call, docs, seen):
@@ -1158,7 +1181,7 @@ def broken_rules(dialogue, tools, most_tokens=math.inf):
             said.append(content)
             used.append(0)
         used[-1:] = [n + len(calls) for n in used[-1:]]
-        seen += "\n" + content.lower() if role in ("user", "tool") else ""
+        seen += "\n" + (spoken(content) if role == "tool" else content).lower() if role in ("user", "tool") else ""
         last = "calls" if calls else role
     called = {k for k, n in zip(dialogue["about"], used) if n}
     checks += [("F5", (item["type"] == "tool") != (k in called)) for k, item in enumerate(dialogue["plan"])

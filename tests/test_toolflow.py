@@ -535,6 +535,43 @@ def test_types_and_enums_and_grounding():
     assert m.grounded(False, {}, "") and not m.grounded("x", {}, "")
 
 
+@pytest.mark.parametrize("value, text, right", [
+    (5, "for 5pm", True), (5, "2024-05-12", True), (5, "for 5.25 euros", False), (5, "room_5", False), (5, "a5", False),
+    (5.25, "for 5.25, then", True), (1000, "1,000 euros", True), (1000.0, "1000", True), (5.0, "at 5.", True),
+    (1, "1,000 euros", False), (-3, "-3 degrees", True), (3, "-3 degrees", False), (5, "hm...5", True),
+    (12345678901234567, "id 12345678901234567", True), (12345678901234568, "id 12345678901234567", False),
+    (math.inf, "inf", False), (0.1, "0.10", True), (5, "1.2.5", False)])
+def test_numbers_are_compared_as_numbers(value, text, right):
+    assert m.grounded(value, dict(type="number"), text) == right
+
+
+@pytest.mark.parametrize("value", [
+    "Café Zoë", 'the "Blue" room', "C:\\new\\table", "two\nlines", "\u4eac\u90fd", "Kelo"])
+def test_a_returned_value_is_grounded_whatever_json_escapes(value):
+    """JSON writes é, quotes, backslashes and line breaks in another way: a message's text is not what was said."""
+    tool = dict(function=dict(name="go", parameters=dict(type="object", properties=dict(to=dict(type="string")))))
+    told = json.dumps({"places": [{"name": value}, {value: 1}]})
+    call = lambda n, arguments: dict(id=f"call_{n}", function=dict(name="go", arguments=json.dumps(arguments)))
+    messages = [dict(role="user", content="Where to?"), dict(role="assistant", content=None, tool_calls=[call(0, {})]),
+                dict(role="tool", tool_call_id="call_0", content=told),
+                dict(role="assistant", content=None, tool_calls=[call(1, dict(to=value))]),
+                dict(role="tool", tool_call_id="call_1", content="{}"), dict(role="assistant", content="Done.")]
+    made = dict(messages=messages, plan=[dict(type="tool")], about=[0], ended=True, tokens=1)
+    assert m.broken_rules(made, [tool]) == set()
+    messages[3]["tool_calls"] = [call(1, dict(to=value + "s"))]
+    assert m.broken_rules(made, [tool]) == {"F7"}
+    assert m.spoken("no JSON") == "no JSON" and len(m.spoken("[" * 300 + "7" + "]" * 300)) == 1
+
+
+def test_any_of_stands_beside_properties():
+    """One of the parts and the rest of the schema: a part may demand names without describing them."""
+    shape = dict(type="object", properties=dict(a=dict(type="integer"), b=dict(type="string")),
+                 anyOf=[dict(required=["a"]), dict(properties=dict(b=dict(enum=["x"])), required=["b"])])
+    right, wrong = [dict(a=1), dict(b="x"), dict(a=1, b="y")], [{}, dict(b="y"), dict(a="1"), dict(a=1, c=2), [1]]
+    assert [m.fits(value, shape) for value in right + wrong] == [True] * 3 + [False] * 5
+    assert m.fits(dict(c=2), dict(anyOf=[True])) and not m.fits({}, dict(anyOf=[dict(required=["a"])]))
+
+
 NESTED = dict(type="object", required=["stay"], properties=dict(
     stay=dict(type="object", required=["city"], properties=dict(
         city=dict(type="string"), nights=dict(type="integer", default=2), board=dict(enum=["none", "half"]))),
