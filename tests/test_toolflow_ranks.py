@@ -18,7 +18,13 @@ RANKS = """
 import os, sys, torch._dynamo, toolflow
 rank = str(int(os.fork() > 0))
 os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
-toolflow.main(sys.argv[2:])
+checks = []
+toolflow.should_stop = lambda run: checks.append(0) or len(checks) == 4
+try:
+    toolflow.main(sys.argv[2:])
+except SystemExit as stop:
+    assert stop.code == 130
+toolflow.main([*sys.argv[2:], "--resume"])
 sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == "1" else 0)
 """
 
@@ -26,7 +32,8 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == "1" else 0)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("rank", ["0", "2"], ids=["all", "lora"])
 def test_two_ranks_are_one_process(alone, one_thread, rank, checkpoint, monkeypatch, tmp_path):  # noqa: F811
-    """Two processes write the checkpoint and log the losses of one; the lines of a batch are of unequal length."""
+    """Two processes, stopped after two of four steps and resumed, write the checkpoint and log the losses of one.
+    The lines of a batch are of unequal length."""
     rows = [m.to_openai(dict(messages=made["messages"][: 2 + 2 * i]), tools[:1])
             for i, (made, tools) in enumerate(sound(4))]
     (data := tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,7 +53,7 @@ def test_two_ranks_are_one_process(alone, one_thread, rank, checkpoint, monkeypa
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and text.count("RESULT") == 1, text[-3000:]
+    assert process.returncode == 0 and text.count("RESULT") == text.count("continue with: ") == 1, text[-3000:]
     monkeypatch.chdir(tmp_path)
     m.main(flags)
     ours, theirs = (load_file(folder / "x/model/model.safetensors") for folder in (cwd, tmp_path))
