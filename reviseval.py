@@ -613,6 +613,7 @@ def in_batches(rows, size, work, length=len):
 
 # ---------------------------------------------------------------- 4. Method (official code; else: our choice)
 # Classic metrics F_M(y, r): all compare a text with a reference
+@functools.lru_cache(4096)  # a reference meets several texts, a text several references
 def words_13a(text):
     """The tokens of mteval-v13a, as sacrebleu has them."""
     text = " " + text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ") + " "

@@ -5,7 +5,7 @@
 python tests/speed_reviseval.py   # needs these and the packaged encoder (tests/real.py); an idle core, a minute
 
 BLEU and ROUGE-1, -2, -L: sentence by sentence. sacrebleu remembers the tokens of texts it saw; each round has texts of
-its own, but six responses share a reference. BERTScore, with all-MiniLM-L6-v2. short: 400 responses of the world, each
+its own, but four responses share a reference. BERTScore, with all-MiniLM-L6-v2. short: 400 responses of the world, each
 with its human and another response's text as reference; long: 160 pairs of one to eight such texts in a row. Both read
 a text once a call; the arithmetic is the encoder's for nine tenths, so what is to be won is padding. In padded batches
 bert-score counts 0 for a token whose best cosine is below 0, so that single pairs differ by up to 1e-4; alone such a
