@@ -69,7 +69,9 @@ class Alone:
         (home / "sitecustomize.py").write_text(BLOCK_NETWORK)
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON_", "XDG_"))}
         self.env |= {"HOME": str(home), "PYTHONPATH": str(home), "PYTHONUSERBASE": site.getuserbase()}
-        self.core = itertools.cycle(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [])
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        worker = os.environ.get("PYTEST_XDIST_WORKER")  # with `pytest -n 2`: gw0, gw1
+        self.core = itertools.cycle(cores[int(worker[2:]) % len(cores) :][:1] if worker and cores else cores)
 
     def pin(self):
         """A preexec_fn that gives each process one core, in turn: small runs on shared cores only wait."""
