@@ -1059,6 +1059,18 @@ def test_replies_of_the_assistant():
 
 
 # ---------------------------------------------------------------- fine-tuning files
+@pytest.mark.parametrize("bad", range(4))
+def test_a_reply_that_cannot_be_read_is_asked_for_three_times_at_most(bad):
+    """The first readable reply of three is taken, else the rule drops the dialogue. Bugs: a fourth request, which costs
+    money; a third reply that is thrown away; two requests that a cache of replies would take for one."""
+    asking, asked = m.Agents(TOOLS, 3).assistant([]), []
+    with pytest.raises(m.Dropped if bad == 3 else StopIteration) as end:
+        for reply in [None, *["{"] * bad, '{"say": "here"}']:
+            asked.append(asking.send(reply))
+    assert end.value.args == (("F1",) if bad == 3 else (("here", []),))
+    assert [(*asked[0][:2], n) for n in range(min(bad + 1, 3))] == asked
+
+
 def test_a_training_file_of_others(tmp_path, capsys):
     call = dict(id="1", type="function", function=dict(name="f", arguments="{}"))
     row = dict(messages=[dict(role="system", content="Be brief."), dict(role="user", content="hi"),

@@ -442,6 +442,31 @@ def test_qformer_reads_the_patches_and_not_their_order():
 
 
 @torch.no_grad()
+def test_qformer_is_two_blocks_of_the_formula():
+    """Each part of a block reads a LayerNorm of its input and is added to it: self-attention, attention to LN(P), MLP
+    with GELU. Bugs: LayerNorms behind the sums, ReLU, patches without their LayerNorm, one block."""
+    _, _, net = parts("qformer", n_sem=4)
+    net.double()
+    for name, p in net.reduce.named_parameters():
+        p.data += torch.randn_like(p) * ("norm" in name or "bias" in name)
+
+    def attend(part, x, y):
+        weights = zip((x, y, y), part.in_proj_weight.chunk(3), part.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(z, w, b).unflatten(2, (2, 8)).transpose(1, 2) for z, w, b in weights)  # (B, H, L, hd)
+        return part.out_proj(((q @ k.mT / math.sqrt(8)).softmax(3) @ v).transpose(1, 2).flatten(2))
+
+    out = torch.randn(2, 82, 16).double()
+    x, patches = net.reduce.queries.expand(2, -1, -1), net.reduce.norm_p(out[:, 1:])
+    for block in net.reduce.blocks:
+        y = block.norm1(x)
+        x = x + attend(block.self_attn, y, y)
+        x = x + attend(block.multihead_attn, block.norm2(x), patches)
+        y = block.linear1(block.norm3(x))
+        x = x + block.linear2(y * (1 + torch.erf(y / math.sqrt(2))) / 2)
+    assert len(net.reduce.blocks) == 2 and torch.allclose(net.reduce(dict(out=out)), x, atol=1e-9)
+
+
+@torch.no_grad()
 def test_labels_count_where_they_stand():
     """T8: loss and number come from labelled places alone; later text and padding change nothing."""
     cfg, vision, net = parts()
