@@ -115,7 +115,7 @@ def test_strides(device, nan_padded, layout):
              "every other": e.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2]}
     m, index = cosine_max(views[layout], cluster.repeat_interleave(2)[::2], impl="triton")
     if layout == "expanded rows":
-        assert index.tolist() == [-1] + 34 * [0] + [-1] + 34 * [35]                        # exact sums: no BLAS rounds them apart
+        assert index.tolist() == [-1] + 34 * [0] + [-1] + 34 * [35]    # exact sums: no BLAS rounds them apart
     else:
         agree(views[layout], cluster.repeat_interleave(2)[::2])
 
