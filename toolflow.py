@@ -2521,7 +2521,8 @@ def run_bfcl(cfg, run, state):
         for (item, gold), some, text in zip(items, tools, texts):
             back = {tool["function"]["name"]: name_of(tool) for tool in some}
             calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
-            right = ast_correct(calls, {f["name"]: f for f in item["function"]}, gold)
+            whole = len(calls) == text.count("<tool_call>")  # one that cannot be read spoils the reply
+            right = whole and ast_correct(calls, {f["name"]: f for f in item["function"]}, gold)
             rows.append(dict(id=item["id"], reply=text, right=right))
         write_lines(run.out / f"answers-{category}.jsonl", rows)
         state["done"][category] = float(np.mean([row["right"] for row in rows]))

@@ -53,7 +53,7 @@ def test_two_ranks_are_one_process(alone, one_thread, rank, checkpoint, monkeypa
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and text.count("RESULT") == text.count("continue with: ") == 1, text[-3000:]
+    assert process.returncode == 0 and text.count("RESULT") == text.count("stopped; continue with") == 1, text[-3000:]
     monkeypatch.chdir(tmp_path)
     m.main(flags)
     ours, theirs = (load_file(folder / "x/model/model.safetensors") for folder in (cwd, tmp_path))
