@@ -155,8 +155,8 @@ class Config:
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
-        if self.bench and (self.task != "scenes" or self.arms):
-            fail("--bench has a task and arms of its own: leave --task and --arms out")
+        if self.bench and (self.task != "scenes" or self.arms or self.n_sem != Config.n_sem):
+            fail("--bench has a task, arms and 64 tokens of its own: leave --task, --arms, --n-sem, --scale paper out")
         if self.bench:
             self.task, self.arms, self.n_sem = "bench", "full,vistog", 64
         self.arms = self.arms or "blind,full,uniform,avgpool,qformer,vistog,vistog-oracle"
@@ -192,7 +192,8 @@ SCALES = {
                   lm_steps=2, align_steps=2, steps=4, batch_size=8, log_every=2, save_every=2, rounds=1),
     "small": {},
     "long": dict(n_train=20_000, encoder_steps=6000, lm_steps=6000, align_steps=500, steps=5000),
-    "paper": dict(LLAVA, task="llava", batch_size=128, align_batch=256, micro_batch=2, align_steps=2180, steps=5198),
+    "paper": dict(LLAVA, task="llava", batch_size=128, align_batch=256, micro_batch=2, align_steps=2180, steps=5198,
+                  save_every=1000),
     "smoke:llava": dict(LLAVA, n_sem=4),
     "small:llava": LLAVA,
     "long:llava": LLAVA,
@@ -390,6 +391,7 @@ def questions(scenes, generator, test=False):
 
 # Real data, as LLaVA and POPE have it: a record is dict(image: a path or None, turns: [(question, answer), ...]).
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's, behind a question of POPE
+MOST_SAID = 128  # tokens of an answer
 
 
 def llava_turns(item):
@@ -397,13 +399,15 @@ def llava_turns(item):
     said = [(turn["from"], turn["value"].replace("<image>", "").strip()) for turn in item["conversations"]]
     said = said[said[0][0] == "gpt" :]  # LLaVA's code leaves out an answer without a question as well
     kinds, words = zip(*said[: len(said) // 2 * 2])  # and here a question without an answer
-    assert kinds == ("human", "gpt") * (len(kinds) // 2)
+    if kinds != ("human", "gpt") * (len(kinds) // 2):
+        raise ValueError
     return dict(turns=list(zip(words[::2], words[1::2])))
 
 
 def pope_turns(item):
     text = item["text"].replace("<image>", "").strip()
-    assert item["label"] in ("yes", "no") and item["image"]
+    if item["label"] not in ("yes", "no") or not item["image"]:
+        raise ValueError
     return dict(turns=[(text if text.endswith(SHORT) else f"{text}\n{SHORT}", None)], label=item["label"])
 
 
@@ -419,7 +423,7 @@ def read_records(path, folder, turns):
         try:
             item = json.loads(item) if isinstance(item, str) else item
             record, name = turns(item), item.get("image")
-        except (LookupError, TypeError, AttributeError, ValueError, AssertionError, RecursionError):
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
             wanted = dict(llava_turns='"conversations": [{"from": "human", "value": text}, {"from": "gpt", ...}, ...]',
                           pope_turns='"image": path, "text": text, "label": "yes" or "no"')[turns.__name__]
             fail(f"{path}, item {i}: must be {{{wanted}}}")
@@ -481,54 +485,6 @@ def caption(words, record, m):
 
 
 # ---------------------------------------------------------------- 3. Model
-class SmallLayer(nn.Module):
-    """A layer of LLaMA: RMSNorm, attention with rotary positions, SwiGLU of three times the width."""
-
-    def __init__(self, d, heads):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.RMSNorm(d), nn.RMSNorm(d)
-        sizes = dict(qkv=(d, 3 * d), proj=(d, d), gate=(d, 3 * d), up=(d, 3 * d), down=(3 * d, d))
-        for name, size in sizes.items():
-            setattr(self, name, nn.Linear(*size, bias=False))
-
-    def rotate(self, x, position):
-        """x (B, H, L, hd) at position (B, L); entry i is paired with i + hd / 2."""
-        half = x.shape[3] // 2
-        angle = position[:, None, :, None] * 10000 ** -(torch.arange(half, device=x.device) / half)  # (B, 1, L, hd / 2)
-        cos, sin, (left, right) = angle.cos().to(x), angle.sin().to(x), x.chunk(2, -1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
-
-    def forward(self, x, position, mask=None):
-        """x (B, L, D), mask (B, 1, L, L) or None for a causal one."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, L, hd)
-        q, k = self.rotate(q, position), self.rotate(k, position)
-        a = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-        x = x + self.proj(a.transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-class LanguageModel(nn.Module):
-    """A small LLaMA; the embedding is also the head."""
-
-    def __init__(self, vocab, d, n_layer, heads):
-        super().__init__()
-        self.embed_tokens, self.norm = nn.Embedding(vocab, d), nn.RMSNorm(d)
-        self.layers = nn.ModuleList(SmallLayer(d, heads) for _ in range(n_layer))
-        for p in self.parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, 0, 0.5 / math.sqrt(p.shape[1]))
-
-    def forward(self, x, position, mask=None):
-        """Embeddings x (B, L, D) of words and images, see SmallLayer, to outputs (B, L, D)."""
-        for layer in self.layers:
-            x = layer(x, position, mask)
-        return self.norm(x)
-
-    def head(self, x):
-        return F.linear(x, self.embed_tokens.weight)
-
-
 # --- block: decoder ---
 def read_shape(config):
     """The numbers of a Llama or Qwen2 config.json that Decoder needs."""
@@ -653,8 +609,8 @@ def generate(model, prompts, max_new, stop=(), temperature=0.0, top_p=1.0, gener
 # --- end block ---
 
 
-class CheckpointLM(Decoder):
-    """The language model of a checkpoint, called as LanguageModel is; its head has the last norm."""
+class LanguageModel(Decoder):
+    """A Llama or Qwen2 that reads embeddings, of words and of images; its head has the last norm."""
 
     def forward(self, x, position, mask=None, cache=None, start=0):
         """Embeddings x (B, L, D) to outputs (B, L, D); cache (n_layer, 2, B, KV, L_max, hd) is filled from start on."""
@@ -662,6 +618,17 @@ class CheckpointLM(Decoder):
         for i, layer in enumerate(self.layers):
             x = layer(x, turn, mask, None if cache is None else cache[i], start)
         return x
+
+
+def small_lm(cfg):
+    """The language model of the generated scenes; its embedding is also the head."""
+    lm = LanguageModel(read_shape(dict(
+        model_type="llama", hidden_size=cfg.n_embd, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        intermediate_size=3 * cfg.n_embd, vocab_size=len(VOCAB), tie_word_embeddings=True)))
+    for p in lm.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, 0, 0.5 / math.sqrt(p.shape[1]))
+    return lm
 
 
 @torch.no_grad()
@@ -811,8 +778,8 @@ def hard_assign(q, k, v, tau=1.0, eps=1.0, noise=None, soft=False):
 class VisToG(nn.Module):
     """Semantic tokens through the encoder, one grouping layer, residual and MLP: VIS (B, M, d).
 
-    variant, for ablations: "joint" without isolation, "late" without the encoder, "soft", "hard" (no noise), "oracle"
-    (a group for each object, one for the rest)."""
+    variant, for ablations: "joint" without isolation, "late" without the encoder, "hard" and "soft" without noise,
+    "oracle" (a group for each object, one for the rest)."""
 
     def __init__(self, vision, cfg, variant):
         super().__init__()
@@ -832,7 +799,7 @@ class VisToG(nn.Module):
         elif self.variant != "late":
             s = semantic_stream(vision, s, stream["kept"])
         s, p = self.norm_s(s), self.norm_p(p[:, 1:])
-        noise = None if self.variant == "hard" else noise
+        noise = None if self.variant in ("hard", "soft") else noise
         if self.variant == "oracle":  # so large that it decides, and scores get no gradient
             noise = 1e4 * F.one_hot(stream["objects"].long(), s.shape[1]).mT.float()  # (B, M, N)
         soft = self.variant == "soft"
@@ -926,13 +893,12 @@ class Network(nn.Module):
         self.m = dict(blind=0, full=vision.n_patch).get(kind, cfg.n_sem)
         self.reduce = VisToG(vision, cfg, variant) if kind == "vistog" else None
         self.reduce = QFormer(vision, cfg) if kind == "qformer" else self.reduce
-        more = "enter" if variant == "joint" else "kept" if kind == "vistog" else "attention"
-        self.needs = ["out"] if kind in ("full", "qformer") else ["out", more]  # of the streams
-        self.needs += ["objects"] * (variant == "oracle")
+        more = {"joint": ["enter"], "late": [], "oracle": ["kept", "objects"]}  # of the streams
+        self.needs = ["out", *more.get(variant, dict(vistog=["kept"], clstopk=["attention"]).get(kind, []))]
         self.projector = nn.Sequential(nn.Linear(d, D), nn.GELU(), nn.Linear(D, D)) if self.m else None
 
     def stream(self, pixels):
-        """What the reducer needs of the encoder; full and qformer only its output."""
+        """What the reducer needs of the encoder, for many only its output."""
         return dict(out=self.vision[0](pixels)) if self.needs == ["out"] else self.vision[0].streams(pixels)
 
     def visual(self, part, free="", m=0):
@@ -941,7 +907,7 @@ class Network(nn.Module):
         stream |= {k: part[k] for k in STREAM if k in part}
         name, p = free or self.kind, stream["out"][:, 1:]
         if name in FREE:
-            p, place = FREE[name](p, m or self.m, stream["attention"])
+            p, place = FREE[name](p, m or self.m, stream.get("attention"))
             if free:  # they stand where full has learned to read their patches
                 part["position"] = torch.cat([place, part["position"][:, place.shape[1] :]], 1)
         elif self.reduce:
@@ -1036,10 +1002,10 @@ def certificate(vision, digits=None):
 
 
 @torch.no_grad()
-def spoken(cfg, run, words, net, records):
+def spoken(cfg, run, words, net, records, name):
     """The answers in words to questions about images, greedy; questions of the same length are answered together."""
     prompts, said, size = [dialogue(words, r, net.m)[0] for r in records], {}, cfg.micro_batch or cfg.batch_size
-    by_length = {}
+    by_length, log = {}, Log(run, name, len(records))
     for i, ids in enumerate(prompts):
         by_length.setdefault(len(ids), []).append(i)
     for at in [same[i : i + size] for same in by_length.values() for i in range(0, len(same), size)]:
@@ -1047,8 +1013,11 @@ def spoken(cfg, run, words, net, records):
         if net.eval().m:
             part = dict(pixels=pixels_of(net, [records[i] for i in at]).to(run.device))
         with half(run):
-            answers = greedy(net.lm, net.embed(ids, net.visual(part) if part else None), NEW, end_of(words))
+            answers = greedy(net.lm, net.embed(ids, net.visual(part) if part else None), MOST_SAID, end_of(words))
         said |= {i: words.decode(answer) for i, answer in zip(at, answers)}
+        log(len(said))
+        if run.stop:  # on this rank: the others have nothing left to do
+            stopped(run)
     return [said[i] for i in range(len(records))]
 
 
@@ -1075,17 +1044,17 @@ CLAIMS = [
     ("keeps-the-score", "vistog/retained", 0.95, "more than 5 % lost as papers count it (paper: 98.1 % kept)"),
     ("keeps-what-is-seen", "vistog/adjusted", 0.90, "a tenth of what the image gives is lost"),
     ("beats-training-free", "vistog/mean - best free/mean", 0.0, "dropping or merging patches untrained is as good"),
-    ("beats-uniform-retrained", "vistog/mean - uniform/mean", 0.0, "F1: every ninth patch is as good when trained"),
-    ("beats-avgpool-retrained", "vistog/mean - avgpool/mean", 0.0, "F1: means of windows are as good when trained"),
+    ("beats-uniform-retrained", "vistog/mean - uniform/mean", 0.0, "every ninth patch is as good when trained"),
+    ("beats-avgpool-retrained", "vistog/mean - avgpool/mean", 0.0, "means of windows are as good when trained"),
     ("beats-qformer", "vistog/mean - qformer/mean", 0.0, "soft queries behind the encoder are as good"),
-    ("digit-loses-most", "vistog/lost digit - vistog/lost else", 0.0, "another kind loses as much (paper: TextVQA)"),
-    ("groups-are-used", "vistog/perplexity", 2.0, "F3: one group takes all objects, as a global mean would"),
-    ("isolation-helps", "vistog/mean - vistog-joint/mean", 0.0, "F2: the image may see the semantic tokens"),
+    ("digit-loses-most", "vistog/lost digit - vistog/lost else", 0.0, "another kind loses as much (TextVQA falls)"),
+    ("groups-are-used", "vistog/perplexity", 2.0, "one group takes all objects, as a global mean would"),
+    ("isolation-helps", "vistog/mean - vistog-joint/mean", 0.0, "the image may see the semantic tokens"),
     ("noise-helps", "vistog/mean - vistog-hard/mean", 0.0, "groups are learned as well without Gumbel noise"),
     ("hard-helps", "vistog/mean - vistog-soft/mean", 0.0, "soft groups are as good"),
     ("encoder-helps", "vistog/mean - vistog-late/mean", 0.0, "tokens that skip the encoder are as good"),
-    ("saves-time", "vistog/saved", 0.10, "F4: --bench, an image at a time: hardly less time (paper: more than 27 %)"),
-    ("saves-time-16", "vistog/saved 16", 0.10, "F4 with 16 images at a time, on a GPU"),
+    ("saves-time", "vistog/saved", 0.10, "--bench, an image at a time: hardly less time (paper: more than 27 %)"),
+    ("saves-time-16", "vistog/saved 16", 0.10, "--bench with 16 images at a time, on a GPU"),
 ]
 
 
@@ -1126,6 +1095,145 @@ def statistics(found):
                 low, high = min(low, threshold - 1), max(high, threshold + 1)
             result[name] = x[0], (low, high)
     return result
+
+
+# What an arm costs
+def work(net, n_text):
+    """FLOPs of one word behind an image and n_text words, products and sums: encoder, reducer with projector, language
+    model; attention without its mask."""
+    vision, (V, D) = net.vision[0], net.lm.embed_tokens.weight.shape
+    d, L, N, M = vision.shape["hidden_size"], len(vision.layers), vision.n_patch, net.m
+    convs = [conv for conv in vision.patch_embedding.modules() if isinstance(conv, nn.Conv2d)]
+    encoder = L * (24 * d * d * (N + 1) + 4 * (N + 1) ** 2 * d)
+    encoder += sum(2 * conv.weight.numel() * (N if conv.stride[0] > 1 else CANVAS**2) for conv in convs)
+    stream = L * (24 * d * d * M + 4 * M * (N + 1 + M) * d)  # of the semantic tokens
+    grouping = 4 * M * d * d + 4 * N * d * d + 4 * M * N * d + 16 * M * d * d  # q, out; k, v; Z, G; MLP
+    stream *= getattr(net.reduce, "variant", "") != "late"
+    reducer = dict(vistog=stream + grouping, qformer=2 * (28 * M * d * d + 4 * N * d * d + 4 * M * (M + N) * d))
+    matrices = sum(p.numel() for p in net.lm.layers[0].parameters() if p.ndim > 1)
+    layer = 2 * matrices * (M + n_text) + 4 * (M + n_text) ** 2 * D
+    return dict(encoder=encoder if M else 0, reducer=reducer.get(net.kind, 0) + 2 * M * (d * D + D * D),
+                reader=len(net.lm.layers) * layer + 2 * D * V)
+
+
+@torch.no_grad()
+def speeds(nets, scenes, rounds=7):
+    """{arm: (answers, prefills a second)} on 32 scenes with a question each: everything from pixels on, and the
+    language model alone; medians over rounds in which the arms take turns."""
+    scenes = {k: x[:32] for k, x in scenes.items()}
+    images = dict(pixels=render(scenes, generator_of("show")), objects=covering(scenes))
+    spent = {arm: [] for arm in nets}
+    for arm in list(nets) * rounds:
+        net = nets[arm].eval()
+        part = qa_part(scenes["asked"][:, :1], scenes["answers"][:, :1].clamp(min=0), net.m, net.m)
+        device = net.lm.norm.weight.device
+        part = {k: x.to(device) for k, x in (part | images).items()}
+        times = [clock(device)]
+        visual = net.visual(part) if net.m else None
+        times.append(clock(device))
+        net.read(part, visual)
+        times.append(clock(device))
+        spent[arm].append((times[2] - times[0], times[2] - times[1]))
+    return {arm: 1e3 * len(scenes["x"]) / np.median(times, 0) for arm, times in spent.items()}
+
+
+CLIP_336 = dict(hidden_size=1024, image_size=336, patch_size=14, num_attention_heads=16, intermediate_size=4096,
+                num_hidden_layers=23, layer_norm_eps=1e-5)  # ViT-L/14-336 up to the last layer but one: N = 576
+LLAMA_7B = dict(model_type="llama", hidden_size=4096, num_attention_heads=32, intermediate_size=11008,
+                num_hidden_layers=32, vocab_size=32000, rms_norm_eps=1e-5)
+SMALLER = (dict(hidden_size=256, num_attention_heads=4, intermediate_size=1024, num_hidden_layers=6),
+           dict(hidden_size=512, num_attention_heads=8, intermediate_size=1376, num_hidden_layers=8))  # for a CPU
+PARTS, WORDS, NEW = ("encoder", "grouping", "prefill", "decode"), 40, 8
+
+
+def random_weights(module, run):
+    """Fill a module of the meta device on the device itself, without a file or a copy."""
+    module = module.to(run.dtype).to_empty(device=run.device).requires_grad_(False)
+    for p in module.parameters():
+        nn.init.normal_(p, 0, 0.02) if p.ndim > 1 else nn.init.ones_(p)
+    return module
+
+
+def clock(device):
+    """Milliseconds, when all that was asked of the device is done."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return 1e3 * time.perf_counter()
+
+
+@torch.no_grad()
+def timed_answer(net, pixels):
+    """Milliseconds of the PARTS of an answer of NEW + 1 words to WORDS words behind an image, greedy."""
+    times, lm, s = [clock(pixels.device)], net.lm, net.lm.shape
+    stream = net.stream(pixels)
+    times.append(clock(pixels.device))
+    visual = net.visual(stream)  # reducer and projector
+    times.append(clock(pixels.device))
+    text = torch.zeros(len(pixels), WORDS, dtype=torch.long, device=pixels.device)
+    x = torch.cat([visual, lm.embed_tokens(text)], 1)  # (B, M + WORDS, D)
+    cache = x.new_zeros(s.n_layer, 2, len(x), s.n_kv, x.shape[1] + NEW, s.head_dim)
+    word = next_word(lm, x, cache)
+    times.append(clock(pixels.device))
+    for i in range(NEW):
+        word = next_word(lm, lm.embed_tokens(word), cache, x.shape[1] + i)
+    return np.diff([*times, clock(pixels.device)])
+
+
+def timed_steps(net, pixels):
+    """Milliseconds of forward and backward of the semantic tokens: the image's stream kept, computed, and masked."""
+    vision, semantic, times = net.vision[0], net.reduce.semantic, []
+    kept = vision.streams(pixels)["kept"]
+    forms = (lambda s: semantic_stream(vision, s, kept),
+             lambda s: semantic_stream(vision, s, vision.streams(pixels)["kept"]),
+             lambda s: joint_stream(vision, vision.enter(pixels), s)[1])
+    for form in forms:
+        began = clock(pixels.device)
+        form(vision.pre_layrnorm(semantic).expand(len(pixels), -1, -1)).square().mean().backward()
+        times.append(clock(pixels.device) - began)
+    return times
+
+
+def bench(cfg, run):
+    """Times of answers with all 576 tokens and with 64, and of a training step; the record of main.
+
+    The arms take turns. An interval is of the median, over 1000 bootstraps of the rounds."""
+    torch.manual_seed(cfg.seed)
+    clip, llama, batches = CLIP_336, LLAMA_7B, (1, 16)
+    if run.device.type != "cuda":
+        clip, llama, batches = clip | SMALLER[0], llama | SMALLER[1], (1,)
+    with torch.device("meta"):
+        vision, lm = Vision(clip), LanguageModel(read_shape(llama))
+    vision, lm = random_weights(vision, run), random_weights(lm, run)
+    nets = {arm: Network(cfg, arm, vision, lm).to(run.device, run.dtype) for arm in cfg.arms.split(",")}
+    print(f"encoder {sum(p.numel() for p in vision.parameters()):,} parameters, language model "
+          f"{sum(p.numel() for p in lm.parameters()):,}, {str(run.dtype)[6:]}, medians of {cfg.rounds} rounds in ms")
+    pick = np.random.default_rng(0).integers(cfg.rounds, size=(1000, cfg.rounds))
+    pick, metrics, found = np.concatenate([np.arange(cfg.rounds)[None], pick]), {}, {}  # the sample itself first
+    print(f"{'images, arm':14}" + "".join(f"{name:>10}" for name in (*PARTS, "total", "GFLOP")))
+    for batch in batches:
+        pixels, end, spent = torch.rand(batch, 3, 336, 336).to(run.device, run.dtype), f" {batch}" * (batch > 1), {}
+        for _ in range(cfg.rounds + 2):  # two to warm up
+            for arm, net in nets.items():
+                spent.setdefault(arm, []).append(timed_answer(net, pixels))
+        for arm, rows in spent.items():
+            rows = np.array(rows[2:])
+            spent[arm] = np.median(rows.sum(1)[pick], 1)  # (1 + draws,)
+            row = dict(zip(PARTS, np.median(rows, 0))) | dict(total=spent[arm][0])
+            metrics |= {f"{arm}/{name}{end} ms": float(x) for name, x in row.items()}
+            gflops = batch * sum(work(nets[arm], WORDS).values()) / 1e9
+            print(f"{f'{batch} {arm}':14}" + "".join(f"{x:10.2f}" for x in (*row.values(), gflops)))
+        saved = 1 - spent["vistog"] / spent["full"]
+        metrics[f"vistog/saved{end}"] = float(saved[0])
+        if cfg.rounds >= 5:  # fewer decide nothing
+            low, high = np.quantile(saved, [0.025, 0.975])
+            found["saves-time" + end.replace(" ", "-")] = saved[0], (min(low, saved[0]), max(high, saved[0]))
+        print(f"time saved: {100 * saved[0]:.1f} % (paper: more than 27 %)")
+    pixels = torch.rand(4, 3, 336, 336).to(run.device, run.dtype)
+    steps = np.median([timed_steps(nets["vistog"], pixels) for _ in range(cfg.rounds + 2)][2:], 0)
+    metrics |= {f"step/{form} ms": float(x) for form, x in zip(("kept", "computed", "masked"), steps)}
+    print("a training step of the semantic tokens of 4 images, ms: " + ", ".join(
+        f"image's stream {form} {x:.1f}" for form, x in zip(("kept", "computed", "masked"), steps)))
+    return metrics, found
 
 
 # ---------------------------------------------------------------- 6. Training
@@ -1269,6 +1377,7 @@ def train(cfg, run, job, net, batch, steps, lr, state):
     if state.get("job") == job:
         step = state["step"]
         put_state(cfg, net, optimizer, state)
+        del state["model"], state["optimizer"]  # as large as the network, three times
     log, began, first = Log(run, job, steps, step), time.perf_counter(), step
     while step < steps:
         for group in optimizer.param_groups:
@@ -1284,11 +1393,9 @@ def train(cfg, run, job, net, batch, steps, lr, state):
             log(step, loss=loss.item(), gnorm=float(norm), lr=group["lr"], per_s=rate, eta_min=eta)
         stop = should_stop(run)
         if stop or step % cfg.save_every == 0 and step < steps:
-            save_state(run, job=job, step=step, **get_state(cfg, net, optimizer), done=state["done"],
-                       seconds=time.perf_counter() - run.began)
+            remember(run, state, job=job, step=step, **get_state(cfg, net, optimizer))
         if stop:
-            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}" * (not run.rank))
-            raise SystemExit(130)
+            stopped(run)
     return get_state(cfg, net, optimizer)["model"]
 
 
@@ -1304,7 +1411,7 @@ def keep(vision, scenes, generator, names):
     return scenes | {k: torch.cat([part.pop(k) for part in parts]) for k in names}
 
 
-def job(cfg, run, state, name, net, *training):
+def train_or_load(cfg, run, state, name, net, *training):
     """Train net, or load what an earlier call of an interrupted run left."""
     path = run.out / f"{name.replace(' ', '-')}.safetensors"
     if name in state["done"]:
@@ -1319,7 +1426,7 @@ def job(cfg, run, state, name, net, *training):
         replace_file(path, export(SimpleNamespace(state_dict=lambda: learned)))
     if run.world > 1:
         dist.barrier()  # another rank may read it
-    save_state(run, done=state["done"], seconds=time.perf_counter() - run.began)
+    remember(run, state)
 
 
 def train_arm(cfg, run, state, arm, vision, lm, batches):
@@ -1335,10 +1442,10 @@ def train_arm(cfg, run, state, arm, vision, lm, batches):
             net = None  # not two of them at a time
             net = fresh()
             net.lm.requires_grad_(False)
-            job(first, run, state, name, net, batches(first, name, net), cfg.align_steps, cfg.align_lr)
+            train_or_load(first, run, state, name, net, batches(first, name, net), cfg.align_steps, cfg.align_lr)
         net.lm.requires_grad_(True)
     net = net or fresh()
-    job(cfg, run, state, arm, net, batches(cfg, arm, net), cfg.steps, cfg.lr)
+    train_or_load(cfg, run, state, arm, net, batches(cfg, arm, net), cfg.steps, cfg.lr)
     return net
 
 
@@ -1349,18 +1456,19 @@ def train_all(cfg, run, state, data, test):
 
     torch.manual_seed(cfg.seed)
     vision = tiny_vision(cfg).to(run.device)
-    lm = LanguageModel(len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head).to(run.device)
+    lm = small_lm(cfg).to(run.device)
     if not run.rank:
         ledger(cfg, run, vision, lm)
     torch.manual_seed(cfg.seed)
     captioner = Captioner(vision).to(run.device)
-    job(cfg, run, state, "encoder", captioner, batches(cfg, "encoder", None), cfg.encoder_steps, cfg.encoder_lr)
+    encoder = captioner, batches(cfg, "encoder", None), cfg.encoder_steps, cfg.encoder_lr
+    train_or_load(cfg, run, state, "encoder", *encoder)
     vision.requires_grad_(False)
     names = ["out", "kept", "attention", "objects"] + ["enter"] * ("vistog-joint" in cfg.arms)
     for scenes, part in ((data, ("train", cfg.seed)), (test, (cfg.held_out,))):
         scenes |= keep(vision, {k: scenes[k] for k in SCENE}, generator_of("pixels", *part), names)
     blind = Network(cfg, "blind", vision, lm).to(run.device)
-    job(cfg, run, state, "lm", blind, batches(cfg, "lm", blind), cfg.lm_steps, cfg.encoder_lr)
+    train_or_load(cfg, run, state, "lm", blind, batches(cfg, "lm", blind), cfg.lm_steps, cfg.encoder_lr)
     nets = {arm: train_arm(cfg, run, state, arm, vision, blind.lm, batches) for arm in cfg.arms.split(",")}
     return vision, nets
 
@@ -1392,10 +1500,13 @@ def train_llava(cfg, run, state):
     metrics = {}
     for arm in cfg.arms.split(",") if not run.rank else ():
         net = Network(cfg, arm, vision, copy.deepcopy(lm)).to(run.device)
-        job(cfg, run, state, arm, net)
-        said = spoken(cfg, run, words, net, test)
-        lines = (json.dumps(dict(image=str(record["image"]), answer=text)) for record, text in zip(test, said))
-        replace_file(run.out / f"answers-{arm}.jsonl", "".join(line + "\n" for line in lines).encode())
+        train_or_load(cfg, run, state, arm, net)
+        said, path = state["said"].get(arm), run.out / f"answers-{arm}.jsonl"
+        if said is None:
+            said = state["said"][arm] = spoken(cfg, run, words, net, test, f"{arm} answers")
+            lines = (json.dumps(dict(image=str(record["image"]), answer=text)) for record, text in zip(test, said))
+            replace_file(path, "".join(line + "\n" for line in lines).encode())
+            remember(run, state)
         scores = pope_scores(said, [record["label"] for record in test])
         metrics |= {f"{arm}/{name}": x for name, x in scores.items()}
         metrics[f"{arm}/gflops"] = sum(work(net, 64).values()) / 1e9
@@ -1733,6 +1844,19 @@ def load_tokenizer(folder):
 # --- end block ---
 
 
+def remember(run, state, **job):
+    """Save what is done, and the training in progress if there is one."""
+    save_state(run, **{k: state[k] for k in ("done", "said", "data")}, seconds=time.perf_counter() - run.began, **job)
+
+
+def stopped(run):
+    """After Ctrl-C: say how to go on, and leave."""
+    again = "the same command and --resume" if run.world > 1 else shlex.join([sys.executable, *sys.argv, "--resume"])
+    if not run.rank:
+        print(f"stopped; continue with: {again}")
+    raise SystemExit(130)
+
+
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1740,43 +1864,6 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
-
-
-def work(net, n_text):
-    """FLOPs of one word behind an image and n_text words, products and sums: encoder, reducer with projector, language
-    model; attention without its mask."""
-    vision, (V, D) = net.vision[0], net.lm.embed_tokens.weight.shape
-    d, L, N, M = vision.shape["hidden_size"], len(vision.layers), vision.n_patch, net.m
-    convs = [conv for conv in vision.patch_embedding.modules() if isinstance(conv, nn.Conv2d)]
-    encoder = L * (24 * d * d * (N + 1) + 4 * (N + 1) ** 2 * d)
-    encoder += sum(2 * conv.weight.numel() * (N if conv.stride[0] > 1 else CANVAS**2) for conv in convs)
-    stream = L * (24 * d * d * M + 4 * M * (N + 1 + M) * d)  # of the semantic tokens
-    grouping = 4 * M * d * d + 4 * N * d * d + 4 * M * N * d + 16 * M * d * d  # q, out; k, v; Z, G; MLP
-    reducer = dict(vistog=stream + grouping, qformer=2 * (28 * M * d * d + 4 * N * d * d + 4 * M * (M + N) * d))
-    matrices = sum(p.numel() for p in net.lm.layers[0].parameters() if p.ndim > 1)
-    layer = 2 * matrices * (M + n_text) + 4 * (M + n_text) ** 2 * D
-    return dict(encoder=encoder if M else 0, reducer=reducer.get(net.kind, 0) + 2 * M * (d * D + D * D),
-                reader=len(net.lm.layers) * layer + 2 * D * V)
-
-
-@torch.no_grad()
-def speeds(nets, scenes, rounds=7):
-    """{arm: (answers, prefills a second)} on 32 scenes with a question each: everything from pixels on, and the
-    language model alone; medians over rounds in which the arms take turns."""
-    scenes = {k: x[:32] for k, x in scenes.items()}
-    images = dict(pixels=render(scenes, generator_of("show")), objects=covering(scenes))
-    spent = {arm: [] for arm in nets}
-    for arm in list(nets) * rounds:
-        net = nets[arm].eval()
-        part = qa_part(scenes["asked"][:, :1], scenes["answers"][:, :1].clamp(min=0), net.m, net.m)
-        part = {k: x.to(net.lm.norm.weight.device) for k, x in (part | images).items()}
-        times = [time.perf_counter()]
-        visual = net.visual(part) if net.m else None
-        times.append(time.perf_counter())
-        net.read(part, visual).sum().item()
-        times.append(time.perf_counter())
-        spent[arm].append((times[2] - times[0], times[2] - times[1]))
-    return {arm: len(scenes["x"]) / np.median(times, 0) for arm, times in spent.items()}
 
 
 def ledger(cfg, run, vision, lm):
@@ -1793,105 +1880,6 @@ def ledger(cfg, run, vision, lm):
         n = sum(p.numel() for p in net.parameters())
         print(f"{job}: {n:,} parameters | {steps} steps x {1e3 * seconds:.0f} ms, {cfg.batch_size / seconds:.0f}/s")
     print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
-
-
-CLIP_336 = dict(hidden_size=1024, image_size=336, patch_size=14, num_attention_heads=16, intermediate_size=4096,
-                num_hidden_layers=23, layer_norm_eps=1e-5)  # ViT-L/14-336 up to the last layer but one: N = 576
-LLAMA_7B = dict(model_type="llama", hidden_size=4096, num_attention_heads=32, intermediate_size=11008,
-                num_hidden_layers=32, vocab_size=32000, rms_norm_eps=1e-5)
-SMALLER = (dict(hidden_size=256, num_attention_heads=4, intermediate_size=1024, num_hidden_layers=6),
-           dict(hidden_size=512, num_attention_heads=8, intermediate_size=1376, num_hidden_layers=8))  # for a CPU
-PARTS, WORDS, NEW = ("encoder", "grouping", "prefill", "decode"), 40, 8
-
-
-def random_weights(module, run):
-    """Fill a module of the meta device on the device itself, without a file or a copy."""
-    module = module.to(run.dtype).to_empty(device=run.device).requires_grad_(False)
-    for p in module.parameters():
-        nn.init.normal_(p, 0, 0.02) if p.ndim > 1 else nn.init.ones_(p)
-    return module
-
-
-def clock(device):
-    """Milliseconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * time.perf_counter()
-
-
-@torch.no_grad()
-def timed_answer(net, pixels):
-    """Milliseconds of the PARTS of an answer of NEW + 1 words to WORDS words behind an image, greedy."""
-    times, lm, s = [clock(pixels.device)], net.lm, net.lm.shape
-    stream = net.stream(pixels)
-    times.append(clock(pixels.device))
-    visual = net.visual(stream)  # reducer and projector
-    times.append(clock(pixels.device))
-    text = torch.zeros(len(pixels), WORDS, dtype=torch.long, device=pixels.device)
-    x = torch.cat([visual, lm.embed_tokens(text)], 1)  # (B, M + WORDS, D)
-    cache = x.new_zeros(s.n_layer, 2, len(x), s.n_kv, x.shape[1] + NEW, s.head_dim)
-    word = next_word(lm, x, cache)
-    times.append(clock(pixels.device))
-    for i in range(NEW):
-        word = next_word(lm, lm.embed_tokens(word), cache, x.shape[1] + i)
-    return np.diff([*times, clock(pixels.device)])
-
-
-def timed_steps(net, pixels):
-    """Milliseconds of forward and backward of the semantic tokens: the image's stream kept, computed, and masked."""
-    vision, semantic, times = net.vision[0], net.reduce.semantic, []
-    kept = vision.streams(pixels)["kept"]
-    forms = (lambda s: semantic_stream(vision, s, kept),
-             lambda s: semantic_stream(vision, s, vision.streams(pixels)["kept"]),
-             lambda s: joint_stream(vision, vision.enter(pixels), s)[1])
-    for form in forms:
-        began = clock(pixels.device)
-        form(vision.pre_layrnorm(semantic).expand(len(pixels), -1, -1)).square().mean().backward()
-        times.append(clock(pixels.device) - began)
-    return times
-
-
-def bench(cfg, run):
-    """Times of answers with all 576 tokens and with 64, and of a training step; the record of main.
-
-    The arms take turns. An interval is of the median, over 1000 bootstraps of the rounds."""
-    torch.manual_seed(cfg.seed)
-    clip, llama, batches = CLIP_336, LLAMA_7B, (1, 16)
-    if run.device.type != "cuda":
-        clip, llama, batches = clip | SMALLER[0], llama | SMALLER[1], (1,)
-    with torch.device("meta"):
-        vision, lm = Vision(clip), CheckpointLM(read_shape(llama))
-    vision, lm = random_weights(vision, run), random_weights(lm, run)
-    nets = {arm: Network(cfg, arm, vision, lm).to(run.device, run.dtype) for arm in cfg.arms.split(",")}
-    print(f"encoder {sum(p.numel() for p in vision.parameters()):,} parameters, language model "
-          f"{sum(p.numel() for p in lm.parameters()):,}, {str(run.dtype)[6:]}, medians of {cfg.rounds} rounds in ms")
-    pick = np.random.default_rng(0).integers(cfg.rounds, size=(1000, cfg.rounds))
-    pick, metrics, found = np.concatenate([np.arange(cfg.rounds)[None], pick]), {}, {}  # the sample itself first
-    print(f"{'images, arm':14}" + "".join(f"{name:>10}" for name in (*PARTS, "total", "GFLOP")))
-    for batch in batches:
-        pixels, end, spent = torch.rand(batch, 3, 336, 336).to(run.device, run.dtype), f" {batch}" * (batch > 1), {}
-        for _ in range(cfg.rounds + 2):  # two to warm up
-            for arm, net in nets.items():
-                spent.setdefault(arm, []).append(timed_answer(net, pixels))
-        for arm, rows in spent.items():
-            rows = np.array(rows[2:])
-            spent[arm] = np.median(rows.sum(1)[pick], 1)  # (1 + draws,)
-            row = dict(zip(PARTS, np.median(rows, 0))) | dict(total=spent[arm][0])
-            metrics |= {f"{arm}/{name}{end} ms": float(x) for name, x in row.items()}
-            gflops = batch * sum(work(nets[arm], WORDS).values()) / 1e9
-            print(f"{f'{batch} {arm}':14}" + "".join(f"{x:10.2f}" for x in (*row.values(), gflops)))
-        saved = 1 - spent["vistog"] / spent["full"]
-        metrics[f"vistog/saved{end}"] = float(saved[0])
-        if cfg.rounds >= 5:  # fewer decide nothing
-            low, high = np.quantile(saved, [0.025, 0.975])
-            found["saves-time" + end.replace(" ", "-")] = saved[0], (min(low, saved[0]), max(high, saved[0]))
-        print(f"time saved: {100 * saved[0]:.1f} % (paper: more than 27 %)")
-    pixels = torch.rand(4, 3, 336, 336).to(run.device, run.dtype)
-    steps = np.median([timed_steps(nets["vistog"], pixels) for _ in range(cfg.rounds + 2)][2:], 0)
-    metrics |= {f"step/{form} ms": float(x) for form, x in zip(("kept", "computed", "masked"), steps)}
-    print("a training step of the semantic tokens of 4 images, ms: " + ", ".join(
-        f"image's stream {form} {x:.1f}" for form, x in zip(("kept", "computed", "masked"), steps)))
-    return metrics, found
 
 
 def plot_groups(path, scenes, groups):
@@ -1915,7 +1903,7 @@ def load_lm(name):
     try:
         shape = read_shape(json.loads((folder / "config.json").read_text()))
         with torch.device("meta"):
-            lm = CheckpointLM(shape)
+            lm = LanguageModel(shape)
         tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
         lm.load_state_dict({k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}, assign=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -1979,28 +1967,76 @@ def estimate(cfg, nets, words):
         n, parts, images = sum(p.numel() for p in net.parameters()), work(net, words), first * (net.m > 0) + last
         rows, (D, layers) = cfg.micro_batch or cfg.batch_size, (net.lm.embed_tokens.weight.shape[1], len(net.lm.layers))
         flops = images * (parts["encoder"] + 3 * parts["reducer"] + 3 * parts["reader"])
-        memory = (16 * n + rows * (net.m + words) * layers * 34 * D) / 2**30
-        print(f"{arm}: {n:,} parameters learned, {images * (net.m + words):.2e} tokens, {flops:.2e} FLOPs, "
-              f"{memory:.2f} GiB over all devices, {flops / 200e12 / 3600:.2f} hours on one H100")
-    print(f"assumed: AdamW in fp32, {words} words, 34 bytes a layer, place and channel, 200 TFLOP/s, no evaluation")
+        held, each = 16 * n / 2**30, rows * (net.m + words) * layers * 34 * D / 2**30
+        print(f"{arm}: {n:,} parameters learned, {images * (net.m + words):.2e} tokens, {flops:.2e} FLOPs, {held:.2f} "
+              f"GiB over all devices and {each:.2f} on each, {flops / 200e12 / 3600:.2f} hours on one H100")
+    print(f"assumed: AdamW in fp32, {words} words, 34 bytes a layer, place and channel, 200 TFLOP/s; not counted "
+          "are evaluation and what is learned before stage 1")
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network; llava's is CLIP ViT-L/14-336 and a Llama of 7B."""
     real = cfg.task == "llava"
     with torch.device("meta"):
-        small = LanguageModel(len(VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
-        vision, lm = (Vision(CLIP_336), CheckpointLM(read_shape(LLAMA_7B))) if real else (tiny_vision(cfg), small)
+        vision = Vision(CLIP_336) if real else tiny_vision(cfg)
+        lm = LanguageModel(read_shape(LLAMA_7B)) if real else small_lm(cfg)
         estimate(cfg, {arm: Network(cfg, arm, vision, lm) for arm in cfg.arms.split(",")}, 64 if real else 18)
 
 
 # ---------------------------------------------------------------- 8. Main
 def print_table(metrics, *columns):
     """A row for each arm, a column for each measure; empty where an arm has none."""
-    print(f"{'':14}" + "".join(f"{name[:11]:>12}" for name in columns))
+    print(f"{'':14}" + "".join(f"{name:>15}" for name in columns))
     for arm in dict.fromkeys(key.split("/")[0] for key in metrics if key.endswith(("/mean", "/f1"))):
         cells = (metrics.get(f"{arm}/{name}") for name in columns)
-        print(f"{arm:14}" + "".join(" " * 12 if x is None else f"{x:12.3f}" for x in cells))
+        print(f"{arm:14}" + "".join(" " * 15 if x is None else f"{x:15.3f}" for x in cells))
+
+
+def same_data(state, *parts):
+    """Note what the run learns from and is asked, as a hash; a resumed run must find it as it was."""
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    if state["data"] not in ("", digest):
+        fail("--resume: the data have changed since the run was interrupted")
+    state["data"] = digest
+
+
+def run_llava(cfg, run, state):
+    """Train and ask on files; see train_llava."""
+    paths = [Path(path) for path in (cfg.data, cfg.align_data, cfg.test_data) if path]
+    try:
+        same_data(state, *(path.read_bytes() for path in paths))
+    except OSError as error:
+        fail(str(error))
+    metrics = train_llava(cfg, run, state)
+    if not run.rank:
+        print_table(metrics, *"accuracy precision recall f1 yes_ratio retained gflops".split())
+    return metrics, {}
+
+
+def run_scenes(cfg, run, state, digits):
+    """The generated world: metrics and what the claims are decided by."""
+    halves = [digits and tuple(x[i::2] for x in digits) for i in (0, 1)]  # other digits in the test
+    data = make_scenes(cfg.n_train, generator_of("train", cfg.seed), halves[0]) | dict(digits=halves[0])
+    generator = generator_of(cfg.held_out)
+    test = make_scenes(cfg.n_eval, generator, halves[1])
+    test["asked"], test["answers"] = questions(test, generator, test=True)
+    same_data(state, repr([test["asked"].tolist(), test["answers"].tolist()]).encode())
+    vision, nets = train_all(cfg, run, state, data, test)
+    if run.rank:
+        return {}, {}
+    certified = certificate(vision, halves[1])
+    table, usages, groups = evaluate(cfg, nets, test)
+    found = resampled(table, usages)
+    metrics = certified | {key: float(x[0]) for key, x in found.items()}
+    for arm, (answers, prefills) in speeds(nets, test).items():
+        metrics |= {f"{arm}/answers_per_s": answers, f"{arm}/prefills_per_s": prefills}
+        metrics[f"{arm}/gflops"] = sum(work(nets[arm], 3).values()) / 1e9
+    print_table(metrics, *CATEGORIES, "mean", "retained", "adjusted", "gflops", "answers_per_s", "prefills_per_s",
+                "perplexity", "empty")
+    print("right answers of a linear map at each patch:", ", ".join(f"{k} {x:.2f}" for k, x in certified.items()))
+    if groups is not None:
+        plot_groups(run.out / "plot.png", test, groups)
+    return metrics, statistics(found)
 
 
 def main(argv=None):
@@ -2012,45 +2048,22 @@ def main(argv=None):
     if cfg.dry_run:
         return dry_run(cfg)
     run = start_run(cfg, "vistog")
-    state = dict(done=[]) | load_state(run)
+    state = dict(done=[], said={}, data="") | load_state(run)
     run.began = time.perf_counter() - state.get("seconds", 0.0)
     if cfg.fsdp and run.world < 2 or cfg.batch_size % run.world or cfg.align_batch % run.world:
         fail(f"{run.world} processes: --fsdp needs torchrun and two; --batch-size, --align-batch must be multiples")
-    if cfg.task != "scenes":
-        metrics, found = bench(cfg, run) if cfg.bench else (train_llava(cfg, run, state), {})
-        if run.rank:
-            return
-        if not cfg.bench:
-            print_table(metrics, *"accuracy precision recall f1 yes_ratio retained gflops".split())
-        files = [Path(path) for path in (cfg.data, cfg.align_data, cfg.test_data) if path]
-        digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
-        record = dict(tried=dict.fromkeys(cfg.arms.split(","), 1), metrics=metrics, data_sha256=digest)
-        record |= dict(minutes=(time.perf_counter() - run.began) / 60)
-        return report(cfg, run, "vistog", argv, found, CLAIMS, **record)
-    halves = [digits and tuple(x[i::2] for x in digits) for i in (0, 1)]  # other digits in the test
-    data = make_scenes(cfg.n_train, generator_of("train", cfg.seed), halves[0]) | dict(digits=halves[0])
-    generator = generator_of(cfg.held_out)
-    test = make_scenes(cfg.n_eval, generator, halves[1])
-    test["asked"], test["answers"] = questions(test, generator, test=True)
-    vision, nets = train_all(cfg, run, state, data, test)
+    if cfg.bench:
+        metrics, found = bench(cfg, run)
+    elif cfg.task == "llava":
+        metrics, found = run_llava(cfg, run, state)
+    else:
+        metrics, found = run_scenes(cfg, run, state, digits)
     if run.rank:
         return
-    certified = certificate(vision, halves[1])
-    table, usages, groups = evaluate(cfg, nets, test)
-    found = resampled(table, usages)
-    metrics = certified | {key: float(x[0]) for key, x in found.items()}
-    for arm, (answers, prefills) in speeds(nets, test).items():
-        metrics |= {f"{arm}/answers_per_s": answers, f"{arm}/prefills_per_s": prefills}
-        metrics[f"{arm}/gflops"] = sum(work(nets[arm], 3).values()) / 1e9
-    print_table(metrics, *CATEGORIES, "mean", "retained", "adjusted", "gflops", "answers_per_s", "prefills_per_s",
-                "perplexity")
-    print("right answers of a linear map at each patch:", ", ".join(f"{k} {x:.2f}" for k, x in certified.items()))
-    if groups is not None:
-        plot_groups(run.out / "plot.png", test, groups)
-    digest = hashlib.sha256(repr([test["asked"].tolist(), test["answers"].tolist()]).encode()).hexdigest()
-    record = dict(tried={arm: TRIED.get(arm, 1) for arm in nets}, metrics=metrics, data_sha256=digest)
-    record |= dict(minutes=(time.perf_counter() - run.began) / 60)
-    return report(cfg, run, "vistog", argv, statistics(found), CLAIMS, **record)
+    tried = TRIED if cfg.task == "scenes" else {}
+    record = dict(tried={arm: tried.get(arm, 1) for arm in cfg.arms.split(",")}, metrics=metrics,
+                  data_sha256=state["data"], minutes=(time.perf_counter() - run.began) / 60)
+    return report(cfg, run, "vistog", argv, found, CLAIMS, **record)
 
 
 if __name__ == "__main__":

@@ -41,11 +41,7 @@ def parts(arm="vistog", **changes):
     torch.manual_seed(0)
     cfg = m.Config(**{**TINY, "arms": arm, **changes})
     vision = m.tiny_vision(cfg).requires_grad_(False)
-    return cfg, vision, m.Network(cfg, arm, vision, small_lm(cfg)).eval()
-
-
-def small_lm(cfg):
-    return m.LanguageModel(len(m.VOCAB), cfg.n_embd, cfg.n_layer, cfg.n_head)
+    return cfg, vision, m.Network(cfg, arm, vision, m.small_lm(cfg)).eval()
 
 
 def scenes(n=6, seed=0, **kind):
@@ -270,7 +266,7 @@ def test_vistog_is_its_parts():
     for variant in ("hard", "late", "soft", "joint"):
         net = parts(f"vistog-{variant}", n_sem=4, eps=0.5, tau=0.7)[2].reduce
         net.load_state_dict(r.state_dict())
-        assert torch.equal(net(stream, noise), net(stream)) == (variant == "hard")
+        assert torch.equal(net(stream, noise), net(stream)) == (variant in ("hard", "soft"))
         assert (net(stream) - r(stream)).abs().max() > 1e-4 or variant == "hard"
 
 
@@ -500,38 +496,7 @@ def test_story_is_read_by_its_questions():
     assert (seen > 1e-6).sum() >= 12
 
 
-@torch.no_grad()
-def test_layer_of_the_language_model_against_a_loop():
-    """RMSNorm, rotary pairs i and i + hd / 2, causal attention, SwiGLU: one token at a time in fp64."""
-    torch.manual_seed(0)
-    layer, x = m.SmallLayer(8, 2).double(), torch.randn(1, 4, 8).double()
-    layer.norm1.weight.data = torch.rand(8).double()
-    at = torch.tensor([0, 3, 4, 9])
-
-    def rms(y, weight):
-        return y / (y.pow(2).mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).sqrt() * weight
-
-    def turned(y, place):
-        pairs = [complex(y[i], y[i + 2]) * complex(math.cos(place * w), math.sin(place * w))
-                 for i, w in enumerate((1, 0.01))]
-        return torch.tensor([z.real for z in pairs] + [z.imag for z in pairs], dtype=torch.float64)
-
-    q, k, v = F.linear(rms(x[0], layer.norm1.weight), layer.qkv.weight).view(4, 3, 2, 4).unbind(1)
-    rows = []
-    for i in range(4):
-        heads = []
-        for h in range(2):
-            e = [math.exp(float(turned(q[i, h], int(at[i])) @ turned(k[j, h], int(at[j]))) / 2) for j in range(i + 1)]
-            heads.append(sum(w / sum(e) * v[j, h] for j, w in enumerate(e)))
-        rows.append(torch.cat(heads))
-    y = x[0] + torch.stack(rows) @ layer.proj.weight.T
-    z = rms(y, layer.norm2.weight)
-    gate = z @ layer.gate.weight.T
-    wanted = y + (gate / (1 + torch.exp(-gate)) * (z @ layer.up.weight.T)) @ layer.down.weight.T
-    assert torch.allclose(layer(x, at[None])[0], wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("arm", ["full", "blind", "uniform", "qformer", "vistog"])
+@pytest.mark.parametrize("arm", ["full", "blind", "uniform", "qformer", "vistog", "vistog-late"])
 def test_counted_flops_are_the_closed_form(arm):
     """T11: products and convolutions of the streams, the reducer and the language model, for one image."""
     cfg, vision, net = parts(arm, n_sem=9)
@@ -558,7 +523,7 @@ def test_words_with_a_cache_are_those_of_the_whole_text():
     torch.manual_seed(0)
     shape = m.LLAMA_7B | dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
                               num_hidden_layers=2, vocab_size=29)
-    lm = m.CheckpointLM(m.read_shape(shape))
+    lm = m.LanguageModel(m.read_shape(shape))
     lm.norm.weight.data = 3 * torch.randn(16)
     for p in lm.parameters():
         p.data += 0.3 * torch.randn_like(p) * (p.ndim > 1)
@@ -601,7 +566,7 @@ def test_bench(tmp_path, monkeypatch, capsys):
 def test_sizes_of_the_bench():
     """On a GPU they are CLIP ViT-L/14-336 less its last layer, and Vicuna 7B: counted from their own tables."""
     with torch.device("meta"):
-        vision, lm = m.Vision(m.CLIP_336), m.CheckpointLM(m.read_shape(m.LLAMA_7B))
+        vision, lm = m.Vision(m.CLIP_336), m.LanguageModel(m.read_shape(m.LLAMA_7B))
     assert vision.n_patch == 576 and sum(p.numel() for p in lm.parameters()) == 6_738_415_616
     layer = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
     assert sum(p.numel() for p in vision.parameters()) == 23 * layer + 1024 * (1 + 3 * 14**2 + 577 + 2)
@@ -845,7 +810,7 @@ def trained(tmp_path, arm, steps=120):
                    log_every=10**6, save_every=10**6)
     run = SimpleNamespace(device=CPU, dtype=torch.float32, rank=0, world=1, out=tmp_path, stop=False, began=0.0)
     vision = m.tiny_vision(cfg).requires_grad_(False)
-    net = m.Network(cfg, arm, vision, small_lm(cfg))
+    net = m.Network(cfg, arm, vision, m.small_lm(cfg))
 
     def batch(step):
         pixels, asked, answers = halves(cfg.batch_size, step)

@@ -49,7 +49,7 @@ def checkpoints(folder):
     (lm := folder / "lm").mkdir()
     (lm / "config.json").write_text(json.dumps(LM))
     bytes_tokenizer(lm)
-    weights = m.CheckpointLM(m.read_shape(LM)).state_dict()
+    weights = m.LanguageModel(m.read_shape(LM)).state_dict()
     names = {k: re.sub(r"((gate|up|down)_)", r"mlp.\1", re.sub(r"([qkvo]_proj)", r"self_attn.\1", k)) for k in weights}
     save_file({"model." * (k != "lm_head.weight") + names[k]: v for k, v in weights.items()}, lm / "model.safetensors")
 
@@ -227,20 +227,21 @@ def test_full_arm_is_transformers_llava(here):
 
 
 @torch.no_grad()
-def test_spoken_words_do_not_depend_on_the_batch(here):
+def test_spoken_words_do_not_depend_on_the_batch(here, monkeypatch):
     """Questions of two lengths, in batches of 1 and 3, against whole forward passes. Bugs: answers in another order
     than the questions, the cache of a longer row, a stop token in the text."""
     net, words = network("vistog"), m.load_tokenizer(here / "lm")
     test = m.read_records("pope.jsonl", "images", m.pope_turns)[4:11]
     for p in net.lm.parameters():
         p.data += 0.5 * torch.randn_like(p) * (p.ndim > 1)  # so that attention decides about words
-    run, said = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32), []
+    monkeypatch.setattr(m, "MOST_SAID", 8)
+    run, said = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, rank=0, out=here, stop=False), []
     for size in (1, 3):
-        said.append(m.spoken(m.Config(micro_batch=size), run, words, net, test))
+        said.append(m.spoken(m.Config(micro_batch=size), run, words, net, test, "answers"))
     assert said[0] == said[1] and len(said[0]) == 7
     for record, text in zip(test, said[0]):
         ids, new = m.dialogue(words, record, 4)[0], []
-        while len(new) < m.NEW and 257 not in new:
+        while len(new) < 8 and 257 not in new:
             part = torch.tensor([ids + new])
             at = torch.full_like(part, -100)
             at[0, -1] = 0
@@ -267,7 +268,8 @@ def test_a_run_and_its_record(here, capsys):
     assert {k.split(".")[0] for k in aligned} == {"reduce", "projector"}
     assert (learned["lm.embed_tokens.weight"] - old["model.embed_tokens.weight"]).abs().max() > 0
     rows = [json.loads(line) for line in (here / "o/log.jsonl").read_text().splitlines()]
-    assert {row["name"] for row in rows} == {*arms.split(","), *(f"{arm} align" for arm in arms.split(",")[1:])}
+    jobs = {*arms.split(","), *(f"{arm} align" for arm in arms.split(",")[1:]), *(f"{arm} answers" for arm in arms.split(","))}
+    assert {row["name"] for row in rows} == jobs
 
 
 def test_the_colour_is_learned_through_four_tokens(here, monkeypatch):
