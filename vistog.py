@@ -28,12 +28,13 @@ Symbols (B images, N patches, M semantic tokens, L layers, d and D width of the 
 
 An arm is a way to make M tokens, trained with its language model for equally many steps: uniform (patches), avgpool,
 qformer, vistog, tome, clstopk; full has all N, blind none. "free X" is reducer X, not trained, in full's network.
-vistog-joint has no isolation, -late skips the encoder, -soft and -hard (no noise) assign in another way; -oracle
+vistog-joint has no isolation, -late skips the encoder, -hard has no noise, -soft neither noise nor hard groups; -oracle
 groups patches by the true objects: what the same layers would make of perfect groups.
 
 Differences from the paper, whose text was not at hand: abstract, reviews and GroupViT's code are what this is read from
-  grouping    GroupViT's, without its cross-attention before: LayerNorms apart, one head, softmax over the groups, tau
-              and eps 1, residual of the semantic token, MLP. Semantic tokens see each other (inferred).
+  grouping    GroupViT's, without biases and what it has before (a mix of the tokens, cross-attention): LayerNorms apart,
+              one head, softmax over the groups, tau and eps 1, residual of the semantic token, MLP. Semantic tokens start
+              from N(0, 1), have no place, pass CLIP's first LayerNorm and see each other (inferred).
   isolation   two streams instead of a mask: the same numbers (tested), and the image's is computed once and kept.
   world       generated scenes with questions of five kinds instead of LLaVA-1.5's data and eleven benchmarks; a
               single word answers. A tenth of the pairs of colour and shape is in captions, but in no training question
@@ -43,7 +44,8 @@ Differences from the paper, whose text was not at hand: abstract, reviews and Gr
               (paper: the last but one). N = 81, M = 9.
   language    a small decoder that has learned to answer questions about written captions, instead of Vicuna.
   stages      captions with the language model frozen, then questions with all but the encoder, as LLaVA; rates and
-              batches are those of a small model. Five questions share an image and do not see each other.
+              batches are those of a small model, and what -h calls the paper's is LLaVA-1.5's. Five questions share an
+              image and do not see each other.
   free        tokens stand at the places of their patches (windows: middles; merged: means), the text behind all N,
               as full has learned it. The class token learns from captions alone: its attention (clstopk) is not CLIP's.
   llava       a language model with byte-level BPE and Llama-3's or ChatML's turns (Vicuna has SentencePiece). The loss
@@ -52,7 +54,7 @@ Differences from the paper, whose text was not at hand: abstract, reviews and Gr
   left out    benchmarks but POPE (a file a run, not the mean of three), free reducers in llava, FastV, VisionZip,
               PruMerge, gradient checkpointing.
 
-Copy out: hard_assign with gumbel_noise, semantic_stream with Vision, VisToG, tome, load_clip
+Copy out: hard_assign with gumbel_noise, semantic_stream with Vision, VisToG, tome with rows, load_clip with Vision
 """
 
 import argparse

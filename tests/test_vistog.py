@@ -563,6 +563,11 @@ def test_bench(tmp_path, monkeypatch, capsys):
     assert "time saved: 50.0 % (paper: more than 27 %)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("argv", ["--n-sem 16", "--scale paper", "--arms full"])
+def test_the_bench_has_sizes_of_its_own(rejects, argv):
+    rejects(m.main, ["--bench", *argv.split()], "--bench", "--n-sem")
+
+
 def test_sizes_of_the_bench():
     """On a GPU they are CLIP ViT-L/14-336 less its last layer, and Vicuna 7B: counted from their own tables."""
     with torch.device("meta"):

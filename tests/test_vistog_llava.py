@@ -239,6 +239,9 @@ def test_spoken_words_do_not_depend_on_the_batch(here, monkeypatch):
     for size in (1, 3):
         said.append(m.spoken(m.Config(micro_batch=size), run, words, net, test, "answers"))
     assert said[0] == said[1] and len(said[0]) == 7
+    with pytest.raises(SystemExit):  # Ctrl-C while it answers
+        stopping = SimpleNamespace(**vars(run) | dict(stop=True, world=1))
+        m.spoken(m.Config(micro_batch=1), stopping, words, net, test, "answers")
     for record, text in zip(test, said[0]):
         ids, new = m.dialogue(words, record, 4)[0], []
         while len(new) < 8 and 257 not in new:
@@ -268,8 +271,9 @@ def test_a_run_and_its_record(here, capsys):
     assert {k.split(".")[0] for k in aligned} == {"reduce", "projector"}
     assert (learned["lm.embed_tokens.weight"] - old["model.embed_tokens.weight"]).abs().max() > 0
     rows = [json.loads(line) for line in (here / "o/log.jsonl").read_text().splitlines()]
-    jobs = {*arms.split(","), *(f"{arm} align" for arm in arms.split(",")[1:]), *(f"{arm} answers" for arm in arms.split(","))}
-    assert {row["name"] for row in rows} == jobs
+    arms = arms.split(",")
+    assert {row["name"] for row in rows} == {*arms, *(f"{arm} align" for arm in arms[1:]), *(
+        f"{arm} answers" for arm in arms)}
 
 
 def test_the_colour_is_learned_through_four_tokens(here, monkeypatch):
@@ -299,6 +303,33 @@ def test_stopped_and_resumed(here, monkeypatch, capsys):
     assert again["metrics"] == whole["metrics"]
     for path in (here / "a").glob("*.safetensors"):
         assert path.read_bytes() == (here / "b" / path.name).read_bytes(), path.name
+
+
+def test_answers_are_kept(here, monkeypatch, capsys):
+    """Stopped between the answers of two arms: those of the first are not asked for again, and the record is the
+    same; with other questions than before nothing goes on."""
+    quiet(monkeypatch)
+    argv, real, asked = [*FLAGS, "--arms", "blind,full", "--steps", "1", "--align-steps", "1"], m.spoken, []
+    whole = m.main([*argv, "--out", "a"])
+
+    def spoken(*args):
+        asked.append(args[-1])
+        if asked == ["blind answers", "full answers"]:
+            raise SystemExit(130)
+        return real(*args)
+
+    monkeypatch.setattr(m, "spoken", spoken)
+    with pytest.raises(SystemExit):
+        m.main([*argv, "--out", "b"])
+    text = (here / "pope.jsonl").read_text()
+    (here / "pope.jsonl").write_text(text.replace("yes", "no"))
+    with pytest.raises(SystemExit) as stop:
+        m.main([*argv, "--out", "b", "--resume"])
+    assert stop.value.code == 2 and "data have changed" in capsys.readouterr().err
+    (here / "pope.jsonl").write_text(text)
+    again = m.main([*argv, "--out", "b", "--resume"])
+    assert asked == ["blind answers", "full answers", "full answers"] and again["metrics"] == whole["metrics"]
+    assert (here / "a/answers-blind.jsonl").read_text() == (here / "b/answers-blind.jsonl").read_text()
 
 
 # ---------------------------------------------------------------- bad input
