@@ -16,7 +16,7 @@ shall use the history better than one trained on as many tokens about random too
   python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 2 min; 1,441 real tools: of pairs
           # with an edge 75 % are used in one task, of all 21 %; inside one API, where nearly all edges lie, 80 and 68 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
-  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # by torchrun too; --task bfcl scores
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16  # by torchrun too; --task bfcl scores it
 
 Symbols
   paper        code                shape     meaning
@@ -145,7 +145,7 @@ class Config:
             fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
         self.n_embd % 8 == 0 or fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
         re.search(r"\.(svg|png)$|^$", self.show_graph) or fail(f"--show-graph {self.show_graph}: needs .svg or .png")
-        not (self.task == "graph" and self.data and self.tools) or fail("--task graph: takes --data or --tools, no two")
+        not (self.task == "graph" and self.data and self.tools) or fail("--task graph: takes --data or --tools alone")
         need = dict(sft=["data", "model"], bfcl=["data", "model"])
         need["synth"] = ["tools", "teacher", *["model"] * ("://" in self.teacher)] * (not self.dry_run)
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
@@ -2550,14 +2550,14 @@ def main(argv=None):
     cfg = cli(Config, SCALES, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    not cfg.kernels or torch.cuda.is_available() or fail("--kernels needs a CUDA device; PyTorch does the same")
+    not cfg.kernels or torch.cuda.is_available() or fail("--kernels needs a CUDA device: leave it out here")
     for name in ("data", "tools"):
         Path(path := getattr(cfg, name)).exists() or fail(f"--{name} {path}: no such file or folder")
     if cfg.task == "synth" and (tokens := estimate(cfg)) > cfg.budget:
         fail(f"--budget {cfg.budget:,}: about {tokens:,} tokens are needed; raise it, or lower --dialogues")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (cfg.task != "sft" or cfg.batch_size % world or cfg.kernels):
-        fail(f"torchrun: --task sft alone, no --kernels, --batch-size a multiple of {world}; else more --seed, --out")
+        fail(f"torchrun: for --task sft without --kernels, and --batch-size must be a multiple of {world}")
     run = start_run(cfg, "toolflow")
     state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]
