@@ -35,7 +35,7 @@ Differences from the paper, whose text was read without its tables and prompts: 
               never starts where it cannot end. 3 to 6 tools, 3 to 5 requests: the paper does not state them.
   teacher     `sim`, one simulator of all parts, in place of GPT-4; or --teacher. Sim chats as often in all arms, and
               refers back as often where it can, which a plan makes possible. H and D-3 measure its phrasings.
-  data        F1 to F10 are ours, no model checks. SS, H, D-3 of what is said; equal tokens count JSON; no EnR, judge
+  data        F1 to F10 are ours, none by a model. SS, H, D-3 of what is said; equal tokens count JSON; no EnR, no judge
   students    tiny decoders from random weights, whose keys also see the token before, and which first learn single
               requests, in place of an 8B model; loss on the assistant's tokens; AdamW (0.9, 0.98), decay 0.1 on all
               weights. Held out are tools and frames of words; verbs are known. One simulator makes training and test.
