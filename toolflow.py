@@ -11,13 +11,12 @@ Tools whose parameters and returns mean the same are joined in a graph. A dialog
 and follows a plan, so that requests build on what was said and returned before. A student trained on such dialogues
 shall use the history better than one trained on as many tokens about random tools without a plan.
 
-  python toolflow.py                        # 9 minutes on a core; what a tool returned before as argument: 61 %
-                                            # right, 50 without graph and plan; what the request itself says: 79 and 84
-  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 2 min; 1,441 real tools: with
-                                            # an edge 75 % of pairs are used in one task, of all pairs 21 %
+  python toolflow.py    # 9 minutes on a core. Right arguments with graph and plan, and without: returned by a tool 61
+                        # and 50 %, said before 40 and 46, in the request itself 79 and 84; three seeds decide none
+  python toolflow.py --task graph --data BFCL --encoder MINILM --show-graph g.svg    # 2 min; 1,441 real tools: of pairs
+          # with an edge 75 % are used in one task, of all 21 %; inside one API, where nearly all edges lie, 80 and 68 %
   python toolflow.py --task synth --tools mcp.json --teacher https://host/v1 --model a,b --dialogues 100
-  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16    # --task bfcl --data BFCL scores it;
-                                            # all weights on several devices: torchrun --nproc-per-node 8 toolflow.py
+  python toolflow.py --task sft --data openai.jsonl --model DIR --lora-rank 16  # by torchrun too; --task bfcl scores it
 
 Symbols
   paper        code                shape     meaning
@@ -25,25 +24,22 @@ Symbols
   cos > tau    simgraph            (n, n)    e_ij, edges of n tools: P-P, or P-R in either direction
   H, D-N, SS   entropy, distinct, coherence  entropy of words in bits, share of different trigrams, 100 cos(round, next)
 
-Files in OUT: dialogues-ARM.jsonl (all, with the rules that each broke, and each argument's origin; by parts in a folder
-of that name), openai-ARM.jsonl and hermes-ARM.jsonl (the kept ones, for a trainer), answers-ARM.jsonl, ARM.safetensors.
+Files in OUT: dialogues-ARM.jsonl (with broken rules and origins), openai-ARM.jsonl, hermes-ARM.jsonl (the kept ones),
+answers-ARM.jsonl, ARM.safetensors; synth: the first three without -ARM, replies/; sft: model/; bfcl: answers-*.jsonl.
 
 Differences from the paper, whose text was read without its tables and prompts: tables are from notes of others
-  tools       made up, 550 of them and 136 unseen ones, in place of 16,000 from RapidAPI; or your own. Unseen tools are
-              new pairs of known words. Near-duplicates are merged, which the paper does not mention.
-  encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau = 0.82 means nothing: it is chosen so
-              that a tool has 6 neighbours on average
-  n, turns    3 to 6 tools, 3 to 5 requests; the paper does not state them. A walk never starts where it cannot end.
-  teacher     `sim`, one simulator that plays all parts, in place of GPT-4; or --teacher, served or a checkpoint. Sim
-              chats as often in all arms, and refers back as often where it can: a plan chooses and orders the requests
-              so that it can. Texts are phrasings from lists, so H and D-3 measure these lists too.
-  rules       the paper names kinds; F1 to F10 are ours. No check by a language model.
-  measures    SS, H, D-3 without JSON at equal tokens; no EnR, no judge
+  tools       made up, 550 and 136 unseen ones (new pairs of known words), not 16,000 from RapidAPI; or your own.
+              Near-duplicates are merged. No model writes missing descriptions; no schema of returns, no P-R edge.
+  encoder     all-MiniLM-L6-v2 with --encoder; else hashed n-grams, for which tau is set to 6 neighbours a tool
+  graph       P-R in either direction. Alg. 1 as noted goes on from the last tool added, ours from visited ones too; it
+              never starts where it cannot end. 3 to 6 tools, 3 to 5 requests: the paper does not state them.
+  teacher     `sim`, one simulator of all parts, in place of GPT-4; or --teacher. Sim chats as often in all arms, and
+              refers back as often where it can, which a plan makes possible. H and D-3 measure its phrasings.
+  data        F1 to F10 are ours, none by a model. SS, H, D-3 of what is said; equal tokens count JSON; no EnR, no judge
   students    tiny decoders from random weights, whose keys also see the token before, and which first learn single
-              requests, in place of an 8B model; loss on the assistant's tokens. Held out are tools and frames of words;
-              verbs are known. One simulator makes training and test. API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench are
-              left out.
-  left out    sharegpt and xlam formats, leakage checks
+              requests, in place of an 8B model; loss on the assistant's tokens; AdamW (0.9, 0.98), decay 0.1 on all
+              weights. Held out are tools and frames of words; verbs are known. One simulator makes training and test.
+  left out    API-Bank, ToolAlpaca, MMLU, BBH, MT-Bench, correlations, self-synthesis, sharegpt, xlam, leakage checks
 
 Copy out: simgraph, walk, broken_rules, ast_correct, to_hermes with from_hermes, pack with packed_states
 """
@@ -111,7 +107,7 @@ class Config:
     teacher: str = ""  # synth: an endpoint https://host/v1; or checkpoints, a comma list of folders or hub ids
     model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: folder or hub id
     dialogues: int = 8000  # synth: how many, kept or not (paper: 8000)
-    budget: int = 10_000_000  # synth: tokens after which no dialogue is begun
+    budget: int = 10_000_000  # synth: tokens after which nothing is asked; dialogues under way are dropped then
     workers: int = 8  # synth: requests at a time
     part: int = 100  # dialogues that are made, and written to the file, at a time
     tokens: int = 300_000  # kept tokens of each arm (paper: 8M)
@@ -137,21 +133,21 @@ class Config:
 
     def __post_init__(self):
         arms, students = self.arms.split(","), [arm for arm in self.students.split(",") if arm]
-        for name, value, known in (("arms", arms, [*ARMS]), ("students", students * (self.task == "world"), arms)):
-            if not set(value) <= set(known) or len(set(value)) < len(value):
-                fail(f"--{name} {getattr(self, name)}: a comma list out of {', '.join(known)}")
+        if not set(arms) <= ARMS.keys() or len(set(arms)) < len(arms):
+            fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
+        if self.task == "world" and (not set(students) <= set(arms) or len(set(students)) < len(students)):
+            fail(f"--students {self.students}: must be among --arms {self.arms}, each once")
         for name, value in vars(self).items():
             low, high = dict(seed=0, tau=0, lora_rank=0, lr=0).get(name, 1), 1 if name == "tau" else math.inf
             if not isinstance(value, (str, bool)) and not (low <= value <= high and value < math.inf):
                 fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
         if not re.fullmatch(r"\d-\d", self.n_tools) or not 1 <= int(self.n_tools[0]) <= int(self.n_tools[2]):
             fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
-        if self.n_embd % 8:
-            fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
-        if self.show_graph and not re.search(r"\.(svg|png)$", self.show_graph):
-            fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
-        need = dict(synth=["tools", "teacher", *["model"] * ("://" in self.teacher)], sft=["data", "model"])
-        need["bfcl"] = need["sft"]
+        self.n_embd % 8 == 0 or fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
+        re.search(r"\.(svg|png)$|^$", self.show_graph) or fail(f"--show-graph {self.show_graph}: needs .svg or .png")
+        not (self.task == "graph" and self.data and self.tools) or fail("--task graph: takes --data or --tools alone")
+        need = dict(sft=["data", "model"], bfcl=["data", "model"])
+        need["synth"] = ["tools", "teacher", *["model"] * ("://" in self.teacher)] * (not self.dry_run)
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
             fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
 
@@ -162,13 +158,12 @@ SYNTH, SFT = dict(seq_len=8192, part=20, max_new=1024), dict(
     lr=2e-4, batch_size=8, micro_batch=1, seq_len=2048, steps=200, max_new=200)
 SCALES = {  # "scale" and "scale:task"; explicit flags win
     "smoke": dict(tokens=4000, n_test=6, n_layer=1, n_embd=32, base_steps=4, steps=4, batch_size=2, seq_len=640,
-                  part=20, save_every=3, dialogues=4, max_new=12),
-    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "smoke:synth": SYNTH | dict(part=4),
-    "small": {}, "small:sft": SFT, "small:bfcl": dict(max_new=200), "small:synth": SYNTH,
-    "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500),
-    "long:sft": SFT | dict(steps=1000), "long:bfcl": dict(max_new=200), "long:synth": SYNTH,
-    "paper": dict(tokens=8_000_000, tau=0.82), "paper:synth": SYNTH | dict(tau=0.82, part=32, workers=32),
-    "paper:sft": dict(steps=375, batch_size=64, micro_batch=1, seq_len=8192, lr=1e-5), "paper:bfcl": dict(max_new=512),
+                  part=20, save_every=3, dialogues=4, max_new=12), "smoke:synth": SYNTH | dict(part=4),
+    "smoke:sft": dict(lr=2e-4, micro_batch=1, seq_len=1024), "small": {}, "small:sft": SFT, "small:synth": SYNTH,
+    "small:bfcl": dict(max_new=200), "long:bfcl": dict(max_new=200), "paper:bfcl": dict(max_new=512, n_test=5000),
+    "long": dict(tokens=1_000_000, steps=2500, n_embd=128, n_test=500), "long:sft": SFT | dict(steps=1000),
+    "long:synth": SYNTH, "paper:synth": SYNTH | dict(tau=0.82, part=32, workers=32, budget=200_000_000),
+    "paper": dict(tokens=8_000_000, tau=0.82), "paper:sft": SFT | dict(steps=375, seq_len=8192, lr=1e-5),  # 3 epochs
 }
 TRIED = 6  # settings of the students that were looked at, on seed 7 and alike for all arms
 ROLES = "system", "user", "assistant", "tool"
@@ -2052,8 +2047,8 @@ class Chat:
 def pause(run):
     """After Ctrl-C: say how to go on, and leave."""
     if should_stop(run):
-        if not run.rank:
-            print(f"stopped; continue with: {shlex.join([sys.executable, *sys.argv, '--resume'])}")
+        same = f": {shlex.join([sys.executable, *sys.argv, '--resume'])}"
+        run.rank or print("stopped; continue with" + (same if run.world == 1 else " the same command and --resume"))
         raise SystemExit(130)
 
 
@@ -2106,17 +2101,24 @@ def new_student(cfg, run, tok, weights=None):
     return model.to(run.device)
 
 
+@contextlib.contextmanager
+def one_line(what):
+    """What is wrong with a user's file is one line."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        fail(f"{what}: {' '.join(repr(error).split())[:200]}")
+
+
 def load_real(folder):
     """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the ends of a turn, ChatML's or Llama-3's."""
-    try:
+    with one_line(f"{folder}: no Llama or Qwen2 checkpoint"):
         shape = read_shape(json.loads((folder / "config.json").read_text()))
         with torch.device("meta"):
             model = Decoder(shape)
         tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     tok = load_tokenizer(folder)
     tok.stop = [tok.special[end] for end in ("<|eot_id|>", "<|im_end|>") if end in tok.special]
     return model, tok if tok.stop else fail(f"{folder}: neither ChatML nor Llama-3 turns")
@@ -2167,8 +2169,7 @@ def put_state(run, state, model, optimizer):
 def answer_all(model, tok, prompts, max_new, size=64, **sampling):
     """Replies to prompts (lists of ids), greedy unless `sampling` says otherwise, those of like length together."""
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for i in range(0, len(order), size):
-        some = order[i : i + size]
+    for some in (order[i : i + size] for i in range(0, len(order), size)):
         texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop, **sampling)))
     return [texts[i] for i in range(len(prompts))]
 
@@ -2199,13 +2200,11 @@ def read_training(path):
     """Rows of a fine-tuning file in OpenAI's format."""
     rows = []
     for where, row in read_json_lines(path):
-        try:
+        with one_line(f"{where}: not OpenAI's format (messages, contents or calls, arguments as JSON text)"):
             rows.append(dict(messages=row["messages"], tools=row.get("tools") or []))
             if not (all(m.get("tool_calls") or isinstance(m["content"], str) for m in row["messages"])
                     and all(m["role"] in ROLES for m in shown(rows[-1], False))):
                 raise ValueError("a role or a content of another kind")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            fail(f"{where}: not OpenAI's format: {error!r}; needs messages, contents or calls, arguments as JSON text")
     return [row for row in rows if row["messages"]] or fail(f"--data {path}: no dialogue in it")
 
 
@@ -2222,34 +2221,44 @@ def ledger(cfg, run, tok, rows, asked):
 
 
 def estimate(cfg):
-    """What dialogues may cost: a plan; for 4 requests user, call, result, answer of 60 tokens each; tools of 150."""
+    """Tokens of dialogues: a plan; for 4 requests user, call, result, answer of 60 tokens each; tools of 150."""
     asked = cfg.dialogues * 17
     read, written = asked * (4.5 * 150 + 8 * 60), asked * 60
-    print(f"{cfg.dialogues:,} dialogues: about {asked:,} requests, {read:.1e} tokens read and {written:.1e} written; "
-          f"at 1 $ a million read and 4 $ written {(read + 4 * written) / 1e6:,.2f} $; nothing is asked after "
-          f"{cfg.budget:,} tokens, as far as they are counted", flush=True)
+    print(f"{cfg.dialogues:,} dialogues: about {asked:,} requests, {read:.1e} tokens read, {written:.1e} written, of "
+          f"{cfg.budget:,} at most; {(read + 4 * written) / 1e6:,.2f} $ at 1 $ a million read, 4 $ written", flush=True)
+    return round(read + written)
 
 
 def dry_run(cfg):
     """What a run takes, without allocating a network or asking anybody."""
-    if cfg.task == "synth":
-        return estimate(cfg)
-    config = fetch_model(cfg.model, offline=True) / "config.json" if cfg.model else None
-    shape = read_shape(json.loads(config.read_text())) if config else student_shape(cfg, Words())
-    with torch.device("meta"):
+    if cfg.task in ("synth", "graph"):
+        return print("nothing is trained") if cfg.task == "graph" else estimate(cfg)
+    folder = fetch_model(cfg.model, offline=True) if cfg.model else None
+    with one_line(f"--model {cfg.model}: no Llama or Qwen2 checkpoint"), torch.device("meta"):
+        shape = read_shape(json.loads((folder / "config.json").read_text())) if folder else student_shape(cfg, Words())
         n = sum(p.numel() for p in Decoder(shape).parameters())
-    tokens = (1 if cfg.task == "sft" else 1 + len(cfg.students.split(","))) * cfg.steps * cfg.batch_size * cfg.seq_len
+    if cfg.task == "bfcl":
+        return print(f"{n:,} parameters | {4 * n / 2**30:.2f} GiB of weights; nothing is trained")
+    n_students = len(re.findall("[^,]+", cfg.students))
+    steps = cfg.steps if cfg.task == "sft" else n_students * cfg.steps + bool(n_students) * cfg.base_steps
+    tokens = steps * cfg.batch_size * cfg.seq_len
     memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
     print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
-          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} on one H100, "
-          "at 200 TFLOP/s, which a model this small does not reach")
+          f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} at 200 TFLOP/s")
+
+
+def walkable(cfg, graph, arms):
+    """The graph, if the longest walk of a dialogue is possible on it, or these arms have no walks."""
+    enough = graph[1].bincount().max() >= int(cfg.n_tools[2]) or not any(ARMS[arm][0] for arm in arms)
+    return graph if enough else fail(f"no component of the graph has {cfg.n_tools[2]} tools: lower --tau or --n-tools")
 
 
 def show_graph(cfg, graph, names):
     """Draw components as rings, the largest first, and one walk."""
     from matplotlib.figure import Figure
 
-    (edges, label), found = graph, walk(graph[0], 6, random_of("shown", cfg.seed), graph[1])
+    edges, label = graph
+    found = walk(edges, min(6, int(label.bincount().max())), random_of("shown", cfg.seed), label)
     groups = sorted(((label == c).nonzero()[:, 0] for c in label.unique()), key=len, reverse=True)
     place, columns = np.full((len(edges), 2), np.nan), math.isqrt(sum(len(group) > 1 for group in groups)) or 1
     for c, group in enumerate(group for group in groups if len(group) > 1):
@@ -2269,7 +2278,7 @@ def show_graph(cfg, graph, names):
 
 def print_table(metrics):
     """{"arm/measure": value} as a table: measures as rows, arms as columns."""
-    arms, rows = (dict.fromkeys(key.split("/")[part] for key in metrics if "graph/" not in key) for part in (0, 1))
+    arms, rows = (dict.fromkeys(key.split("/")[part] for key in metrics if key[:6] != "graph/") for part in (0, 1))
     wide = max(17, *map(len, arms)) + 1
     print(f"{'':22}" + "".join(f"{arm:>{wide}}" for arm in arms))
     for row in rows:
@@ -2319,9 +2328,9 @@ def run_world(cfg, run, state):
     (embed, name), tok, arms = encoder_of(cfg, run.device), Words(), cfg.arms.split(",")
     tools, merged = merge_tools([tool["tool"] for tool in library().values()], embed)
     world = {tool["function"]["name"]: library()[tool["function"]["name"]] for tool in tools}
-    graph, metrics, parts, data = build_graph(cfg, tools, embed), {}, {}, {}
+    graph, metrics, parts, data = walkable(cfg, build_graph(cfg, tools, embed), arms), {}, {}, {}
     metrics["graph/precision"], metrics["graph/base rate"], gain = edge_precision(graph[0].numpy(), composes(world))
-    print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of the edges compose, "
+    print(f"{merged} tools merged; {metrics['graph/precision']:.1%} of edges compose, "
           f"{metrics['graph/base rate']:.1%} of all pairs ({name})")
     if cfg.show_graph:
         show_graph(cfg, graph, list(world))
@@ -2330,8 +2339,7 @@ def run_world(cfg, run, state):
         for row in rows:  # arms are compared at as many tokens
             total += 0 if row["broken"] else row["tokens"]
             kept += [row] if not row["broken"] and total <= cfg.tokens else []
-        if len(kept) < PARTS:
-            fail(f"--tokens {cfg.tokens}: {len(kept)} dialogues of {arm} are too few to compare, {PARTS} are needed")
+        len(kept) >= PARTS or fail(f"--tokens {cfg.tokens}: {len(kept)} dialogues of {arm}, {PARTS} are needed")
         cuts = np.linspace(0, len(kept), PARTS + 1).astype(int)
         parts[arm] = [data_measures(kept[a:b], embed) for a, b in zip(cuts, cuts[1:])]
         broken = Counter(rule for row in rows for rule in row["broken"])
@@ -2344,13 +2352,11 @@ def run_world(cfg, run, state):
     totals = run_students(cfg, run, state, data, world, tok) if cfg.students else {}
     shares = {f"student {arm}/{mark}": share for arm, total in totals.items()
               for mark, share in zip(MARKS, rates(total, np.ones(len(total))).tolist())}
+    learned = shares.get("student neither/current", 0.0) >= 0.5
     if totals:
         print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
         print_table(shares)
-    learned = shares.get("student neither/current", 0.0) >= 0.5
-    if totals and not learned:
-        print("The student of neither has hardly learned to call, or there is none, so that students are not compared: "
-              "raise --base-steps or --steps.")
+        learned or print("not compared: the student of neither is missing or has hardly learned to call; raise --steps")
     found = {"edges-compose": gain} | gaps(parts, totals if learned else {})
     return found, metrics | shares, dict(encoder=name, merged=merged)
 
@@ -2399,8 +2405,7 @@ def run_graph(cfg, run, state):
     docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
     tools = sum(docs.values(), []) + others or (
         load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
-    if len(tools) < 2:
-        fail(f"--tools {cfg.tools}: one tool makes no graph")
+    len(tools) > 1 or fail(f"--tools {cfg.tools}: one tool makes no graph")
     texts, owner, returns = tool_texts(tools)
     x, metrics = embed(texts), {}
     pp, pr = pair_scores(x, owner, len(tools), returns)
@@ -2421,15 +2426,14 @@ def run_graph(cfg, run, state):
 
 
 def converse_all(cfg, tools, graph, chats, ids, over):
-    """Dialogues `ids` by language models, side by side: what they wait for is asked together, until over() is true."""
-    done, live, jobs = {}, {}, {}
-    walks, with_plan = ARMS[cfg.arms.split(",")[0]]
+    """Dialogues `ids`, each with its tools, by language models. What they wait for is asked at once, until over()."""
+    (walks, with_plan), done, live, jobs = ARMS[cfg.arms.split(",")[0]], {}, {}, {}
     for i in ids:
         picked, rng = subset(cfg, *graph, walks, i), random_of("teacher", cfg.seed, i)
-        done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["no reply"])
+        done[i] = dict(id=i, tools=picked, model=rng.choice(list(chats)), messages=[], broken=["over budget"])
         live[i] = converse(Agents([tools[j] for j in picked], rng.randint(3, 5)), with_plan)
     replies = dict.fromkeys(live)
-    while live and not over():
+    while not over() and live:
         for i, talk in list(live.items()):
             try:
                 prompt, temperature, n = talk.send(replies[i])
@@ -2441,41 +2445,42 @@ def converse_all(cfg, tools, graph, chats, ids, over):
         for name, chat in chats.items():
             mine = [i for i in live if done[i]["model"] == name]
             replies |= zip(mine, chat.ask([jobs[i] for i in mine]))
-    for i in live:
-        done[i]["broken"] = ["over budget"]
-    return list(done.values())
+    return [(d, [tools[j] for j in d["tools"]]) for d in done.values()]
 
 
 def run_synth(cfg, run, state):
-    """Dialogues for --tools by language models. Replies of an endpoint are kept under the hash of what was asked, so
-    that a killed run asks nothing twice; a part is written at once. Over --budget nothing is asked."""
-    estimate(cfg)
-    embed, name = encoder_of(cfg, run.device)
+    """Dialogues for --tools by language models, by parts. An endpoint's replies are kept: nothing is asked twice."""
+    (embed, name), before = encoder_of(cfg, run.device), state["done"].get("tokens", 0)
     tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
     if len(tools) < max(2, int(cfg.n_tools[2])):
         fail(f"--tools {cfg.tools}: {len(tools)} tools, --n-tools {cfg.n_tools} takes more of them into a dialogue")
-    graph, before = build_graph(cfg, tools, embed), state["done"].get("tokens", 0)
+    graph = walkable(cfg, build_graph(cfg, tools, embed), cfg.arms.split(",")[:1])
     (folder := run.out / "replies").mkdir(exist_ok=True)
     chats = {model: Chat(cfg.teacher, model, folder, cfg.workers) for model in cfg.model.split(",")} \
         if "://" in cfg.teacher else {folder: Local(run, folder) for folder in cfg.teacher.split(",")}
 
-    def spent():
-        return before + sum(chat.tokens for chat in chats.values())
+    def spent():  # remembered at each round of requests, so that a kill forgets one at most
+        state["done"]["tokens"] = before + sum(chat.tokens for chat in chats.values())
+        remember(run, state)
+        return state["done"]["tokens"]
 
     def make(ids):
         ids = range(ids.start, min(ids.stop, cfg.dialogues))
         made = converse_all(cfg, tools, graph, chats, ids, lambda: spent() > cfg.budget)
-        state["done"]["tokens"] = spent()
-        remember(run, state)
-        return [(d, [tools[j] for j in d["tools"]]) for d in made]
+        broken = [finish(cfg, *pair)["broken"] for pair in made]
+        tqdm.write(f"dialogues {ids.start} to {ids.stop - 1}: {broken.count([])} kept, dropped by rule: "
+                   f"{dict(Counter(sum(broken, [])))}; {spent():,} of {cfg.budget:,} tokens spent")
+        return made
 
     rows = make_dialogues(cfg, run, "dialogues", make, lambda rows: len(
         rows) if spent() <= cfg.budget else cfg.dialogues, cfg.dialogues)
     kept = [to_openai(row, [tools[j] for j in row["tools"]]) for row in rows if not row["broken"]]
     write_formats(run.out, "", kept)
     broken = Counter(rule for row in rows for rule in row["broken"])
-    metrics = dict(made=len(rows), kept=len(kept), tokens=state["done"].get("tokens", 0)) | broken
+    metrics = dict(made=len(rows), kept=len(kept), tokens=spent()) | broken
     print(f"{len(kept)} of {len(rows)} dialogues kept, {merged} tools merged; dropped by rule: {dict(broken)}")
+    if spent() > cfg.budget and any(folder.iterdir()):
+        print(f"--budget is spent: with {folder} copied into another --out the same command goes on from these replies")
     return {}, {f"dialogues/{key}": value for key, value in metrics.items()}, dict(encoder=name)
 
 
@@ -2489,21 +2494,20 @@ def run_sft(cfg, run, state):
     folder = fetch_model(cfg.model)
     model, tok = load_real(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
-    if not len(data["ids"]):
-        fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
+    len(data["ids"]) or fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
     share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
     used = int((data["place"][data["doc"] >= 0] == 0).sum())
-    if not share:
-        fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
+    share or fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
     if not run.rank:
         print(f"{used} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned; "
               f"{len(rows) - used} longer ones are left out, see --seq-len")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
     model = add_lora(model, cfg.lora_rank)
     model = train(cfg, run, state, "sft", shard(run, model) if run.world > 1 else model.to(run.device), data, cfg.steps)
-    if run.world > 1:
-        learned, model = get_state(run, model)["model"], add_lora(load_real(folder)[0], cfg.lora_rank)
-        model.load_state_dict(learned, strict=False)  # on the other ranks nothing
+    learned = get_state(run, model)["model"] if run.world > 1 else {}  # all ranks take part, rank 0 alone has it
+    if not run.rank and learned:
+        model = add_lora(load_real(folder)[0], cfg.lora_rank)
+        model.load_state_dict(learned, strict=False)
     if not run.rank:
         save_real(run.out / "model", folder, merge_lora(model))
         print(f"wrote {run.out / 'model'}")
@@ -2546,15 +2550,14 @@ def main(argv=None):
     cfg = cli(Config, SCALES, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    if cfg.kernels and not torch.cuda.is_available():
-        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    not cfg.kernels or torch.cuda.is_available() or fail("--kernels needs a CUDA device: leave it out here")
     for name in ("data", "tools"):
-        if (path := getattr(cfg, name)) and not Path(path).exists():
-            fail(f"--{name} {path}: no such file or folder")
+        Path(path := getattr(cfg, name)).exists() or fail(f"--{name} {path}: no such file or folder")
+    if cfg.task == "synth" and (tokens := estimate(cfg)) > cfg.budget:
+        fail(f"--budget {cfg.budget:,}: about {tokens:,} tokens are needed; raise it, or lower --dialogues")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and (cfg.task != "sft" or cfg.batch_size % world or cfg.kernels):
-        fail(f"torchrun: for --task sft alone, without --kernels, and --batch-size must be a multiple of {world}; "
-             "for dialogues, several --seed and --out spread over machines")
+        fail(f"torchrun: for --task sft without --kernels, and --batch-size must be a multiple of {world}")
     run = start_run(cfg, "toolflow")
     state = load_state(run) or dict(done={}, seconds=0.0)
     run.began = time.perf_counter() - state["seconds"]
@@ -2563,10 +2566,7 @@ def main(argv=None):
     if not (run.out / "state.pt").exists():
         remember(run, state)  # from here on the directory belongs to these flags
     go = dict(world=run_world, graph=run_graph, synth=run_synth, sft=run_sft, bfcl=run_bfcl)[cfg.task]
-    try:
-        found, metrics, record = go(cfg, run, state)
-    except ValueError as error:
-        raise error if "component" not in str(error) else fail(str(error))
+    found, metrics, record = go(cfg, run, state)
     tried = {arm: TRIED for arm in cfg.students.split(",") if arm and cfg.task == "world"}
     minutes = (time.perf_counter() - run.began) / 60
     record |= dict(tried=tried, data_sha256=data_hash(cfg), metrics=metrics, minutes=minutes)

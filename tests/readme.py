@@ -85,11 +85,11 @@ def table(records, columns, arms=()):
 
 
 def over_seeds(same):
-    """Mean, interval and what it is over, of one claim in several records."""
+    """Mean, interval and what it is over, of one claim in several records. Where no seed changes it, the run's own."""
     values = [c["statistic"] for c in same]
     mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, same[0]["ci"], "of the run"
+    if len(set(values)) == 1:
+        return values[0], same[0]["ci"], "of the run"
     return mean, [mean - half_width(values), mean + half_width(values)], "over seeds"
 
 

@@ -956,6 +956,7 @@ def test_dialogues_through_an_endpoint(chat, tmp_path, capsys):
     """Kept dialogues in both formats, one model for each; only the user sees the plan; a second run asks nothing."""
     metrics = synth(chat, "--out", "x")["metrics"]
     assert metrics["dialogues/made"] == metrics["dialogues/kept"] == 4
+    assert "dialogues 0 to 1: 2 kept, dropped by rule: {}; " in capsys.readouterr().out
     rows = lines(tmp_path / "x" / "dialogues.jsonl")
     assert {row["model"] for row in rows} <= set("abc") and all(row["broken"] == [] for row in rows)
     assert [*map(m.from_hermes, lines(tmp_path / "x/hermes.jsonl"))] == lines(tmp_path / "x/openai.jsonl")
@@ -1000,11 +1001,56 @@ def test_endpoint_with_faults_and_a_kill(chat, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "part/result.json").read_text())["metrics"]["dialogues/tokens"] >= 7 * seen
 
 
+def test_a_kill_within_a_part_forgets_no_tokens(chat, tmp_path, monkeypatch):
+    """Three models are asked in each round; the kill is at the start of the fourth round."""
+    ask, calls = m.Chat.ask, []
+
+    def killed(self, jobs):
+        calls.append(jobs)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return ask(self, jobs)
+
+    monkeypatch.setattr(m.Chat, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        synth(chat, "--out", "x", "--dialogues", "2")
+    before = len(chat.seen)
+    assert before == 6
+    monkeypatch.setattr(m.Chat, "ask", ask)
+    metrics = synth(chat, "--out", "x", "--dialogues", "2", "--resume")["metrics"]
+    assert metrics["dialogues/tokens"] == 7 * len(chat.seen) > 7 * before
+
+
 def test_budget_stops_within_a_part(chat, tmp_path, capsys):
-    """After the plans of the first two dialogues: no further request; the estimate comes before."""
-    metrics = synth(chat, "--out", "x", "--budget", "13", "--part", "2")["metrics"]
+    """After the plans of the first two dialogues: no further request; with the replies another run goes on."""
+    choice = dict(message=dict(content="no plan"))
+    chat.faults += [json.dumps(dict(choices=[choice], usage=dict(total_tokens=50_000))).encode()] * 2
+    metrics = synth(chat, "--out", "x", "--budget", "90000")["metrics"]
     assert metrics["dialogues/made"] == metrics["dialogues/over budget"] == len(chat.seen) == 2
-    assert metrics["dialogues/tokens"] == 14 and "4 dialogues: about 68 requests" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert metrics["dialogues/tokens"] == 100_000 and "--budget is spent: with x/replies copied" in out
+    assert "0 kept, dropped by rule: {'over budget': 2}; 100,000 of 90,000 tokens spent" in out
+    shutil.copytree(tmp_path / "x/replies", tmp_path / "y/replies")
+    metrics = synth(chat, "--out", "y", "--budget", "90000")["metrics"]
+    assert metrics["dialogues/made"] == metrics["dialogues/kept"] == 4
+    assert metrics["dialogues/tokens"] == 7 * (len(chat.seen) - 2)
+
+
+def test_a_budget_below_the_estimate_asks_nothing(chat, tmp_path, rejects):
+    """4 dialogues of 17 requests, 1,155 tokens read and 60 written in each. The scale paper's budget suffices."""
+    flags = ["--tools", tmp_path / "tools.json", "--budget", "82619"]
+    rejects(lambda argv: synth(chat, *argv), flags, "82,619", "82,620", "--dialogues")
+    assert chat.seen == []
+    paper = m.cli(m.Config, m.SCALES, ["--task", "synth", "--scale", "paper", "--dry-run"])
+    assert 1e8 < m.estimate(paper) < paper.budget
+
+
+def test_no_walk_of_a_dialogue_is_too_long_for_the_graph(chat, capsys):
+    """Without edges no component has 6 tools; arms without walks need none."""
+    with pytest.raises(SystemExit) as stop:
+        synth(chat, "--out", "x", "--tau", "1")
+    assert stop.value.code == 2 and "no component of the graph has 6 tools" in capsys.readouterr().err
+    assert chat.seen == [] and m.walkable(config(), (None, torch.arange(9)), ["no-graph", "neither"])
 
 
 def test_no_more_dialogues_are_made_than_asked_for(chat, tmp_path):
@@ -1091,6 +1137,19 @@ def test_a_training_file_of_others(tmp_path, capsys):
         with pytest.raises(SystemExit):
             m.read_training(path)
         assert where in capsys.readouterr().err
+    path.write_text(json.dumps(dict(messages=[dict(role="tool", content="[" * 10**5 + "]" * 10**5)])))
+    with pytest.raises(SystemExit) as stop:
+        m.read_training(path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "RecursionError" in error
+
+
+@pytest.mark.parametrize("config", ["{}", "{", "[]", '{"model_type": "llama", "hidden_size": 8}'])
+def test_a_broken_checkpoint_is_one_line(config, tmp_path, rejects):
+    (tmp_path / "config.json").write_text(config)
+    flags = ["--task", "bfcl", "--data", str(tmp_path), "--model", str(tmp_path)]
+    rejects(m.main, [*SMOKE, *flags, "--dry-run"], str(tmp_path), "no Llama or Qwen2 checkpoint")
+    rejects(lambda _: m.load_real(tmp_path), [], tmp_path, "no Llama or Qwen2 checkpoint")
 
 
 def tiny(folder, control, d=16):
@@ -1208,7 +1267,9 @@ def test_bfcl_scores_a_model_that_knows_the_answers(checkpoint, tmp_path, monkey
 
 # ---------------------------------------------------------------- command line
 @pytest.mark.parametrize("argv, words", [
-    (["--arms", "both,all"], ["--arms", "no-plan"]), (["--arms", "both", "--students", "neither"], ["--students"]),
+    (["--arms", "both,all"], ["--arms", "no-plan"]), (["--arms", "both"], ["--students", "must be among --arms both"]),
+    (["--students", "both,both"], ["--students", "once"]),
+    (["--task", "graph", "--data", "a", "--tools", "b"], ["--data or --tools"]),
     (["--tau", "1.5"], ["--tau", "1"]), (["--n-tools", "6-3"], ["--n-tools", "3-6"]),
     (["--n-embd", "30"], ["multiple of 8"]),
     (["--show-graph", "g.pdf"], [".svg"]), (["--task", "synth"], ["--tools", "--teacher"]),
@@ -1219,17 +1280,33 @@ def test_bad_input(argv, words, rejects):
     rejects(m.main, [*SMOKE, *argv], *words)
 
 
-def test_dry_runs(capsys):
-    m.main(["--dry-run"])
-    m.main(["--dry-run", "--task", "synth", "--tools", __file__, "--teacher", "http://x/v1", "--model", "a"])
-    out = capsys.readouterr().out
-    assert "parameters" in out and "$" in out and "requests" in out
+def test_dry_runs(checkpoint, capsys):
+    """(600 + 2 * 400) steps of 4 lines of 512 tokens; no students, no tokens; 3 epochs of 8M; others train nothing."""
+    def said(*argv):
+        m.main(["--dry-run", *argv])
+        return capsys.readouterr().out
+
+    assert "| 2.9e+06 tokens" in said() and "| 0.0e+00 tokens" in said("--students", "")
+    assert "8,000 dialogues: about 136,000 requests" in said("--task", "synth") and "$" in said("--task", "synth")
+    files = ["--model", str(checkpoint), "--data", __file__]
+    assert "| 2.5e+07 tokens" in said("--task", "sft", "--scale", "paper", *files)
+    for trained in (said("--task", "graph"), said("--task", "bfcl", *files)):
+        assert "nothing is trained" in trained and "FLOPs" not in trained
+
+
+@pytest.mark.parametrize("world, words", [(1, "continue with: "), (2, "continue with the same command and --resume\n")])
+def test_how_to_go_on_after_ctrl_c(world, words, monkeypatch, capsys):
+    monkeypatch.setattr(m, "should_stop", lambda run: True)
+    with pytest.raises(SystemExit) as stop:
+        m.pause(SimpleNamespace(rank=0, world=world))
+    assert stop.value.code == 130 and capsys.readouterr().out.startswith("stopped; " + words)
 
 
 def test_smoke(smoke):
     run = smoke("toolflow")
     metrics = run.result["metrics"]
     assert run.seconds < 60 and run.result["claims"] == []
+    assert re.search("^ +both +no-plan +no-graph +neither$", run.stdout, re.M)
     for arm in m.ARMS:
         assert metrics[f"{arm}/dialogues"] > 5 and metrics[f"{arm}/kept of 100"] > 80
         for row, hermes in zip(lines(run.out / f"openai-{arm}.jsonl"), lines(run.out / f"hermes-{arm}.jsonl")):
@@ -1250,6 +1327,13 @@ def test_graph_of_a_file_is_drawn(tmp_path, monkeypatch, capsys):
     assert metrics["tau 0.6/all"] >= metrics["tau 0.9/all"] and (tmp_path / "g.svg").stat().st_size > 5000
     text = (tmp_path / "g.svg").read_text()
     assert "tools" in text and "red: one walk" in text or "<path" in text
+
+
+@pytest.mark.parametrize("edges", [ring(5), torch.zeros(5, 5, dtype=torch.bool)], ids=["ring", "none"])
+def test_a_graph_of_five_tools_is_drawn(edges, tmp_path):
+    """The walk that is shown has no more tools than there are."""
+    m.show_graph(config("--show-graph", str(tmp_path / "g.svg")), (edges, m.components(edges)), [*"abcde"])
+    assert (tmp_path / "g.svg").stat().st_size > 1000
 
 
 # ---------------------------------------------------------------- real data and peers

@@ -219,6 +219,14 @@ def test_readme_says_stale_and_takes_the_interval_of_a_single_run(repository):
     assert "**STALE**" in text and "interval of the run [0, 9]" in text and "| a | 1 | 0.5 |" in text
 
 
+def test_readme_takes_the_interval_of_the_run_where_no_seed_changes_the_statistic(repository):
+    for seed in range(3):
+        claim = {"id": "c1", "statistic": 1.0, "ci": [0.0, 9.0], "threshold": -1.0}
+        edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=[claim])
+    assert readme.main(["--write"], repository) == 0
+    assert "- c1: 1, 95 % interval of the run [0, 9], threshold -1: HOLDS\n" in (repository / "README.md").read_text()
+
+
 @pytest.mark.parametrize("readme_text, words", [
     (REGION + "`python toy.py --bad`\n", "--bad"), (REGION + "`python gone.py`\n", "gone.py"),
     (REGION.replace("nll", "speed"), "no measure named speed"),
