@@ -143,9 +143,12 @@ class Config:
                 fail(f"--{name.replace('_', '-')} {value}: must be from {low} to {high}")
         if not re.fullmatch(r"\d-\d", self.n_tools) or not 1 <= int(self.n_tools[0]) <= int(self.n_tools[2]):
             fail(f"--n-tools {self.n_tools}: must look like 3-6, from 1 to 9")
-        self.n_embd % 8 == 0 or fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
-        re.search(r"\.(svg|png)$|^$", self.show_graph) or fail(f"--show-graph {self.show_graph}: needs .svg or .png")
-        not (self.task == "graph" and self.data and self.tools) or fail("--task graph: takes --data or --tools alone")
+        if self.n_embd % 8:
+            fail(f"--n-embd {self.n_embd}: must be a multiple of 8")
+        if self.show_graph and not re.search(r"\.(svg|png)$", self.show_graph):
+            fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
+        if self.task == "graph" and self.data and self.tools:
+            fail("--task graph: takes --data or --tools, not both")
         need = dict(sft=["data", "model"], bfcl=["data", "model"])
         need["synth"] = ["tools", "teacher", *["model"] * ("://" in self.teacher)] * (not self.dry_run)
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
@@ -2047,8 +2050,9 @@ class Chat:
 def pause(run):
     """After Ctrl-C: say how to go on, and leave."""
     if should_stop(run):
-        same = f": {shlex.join([sys.executable, *sys.argv, '--resume'])}"
-        run.rank or print("stopped; continue with" + (same if run.world == 1 else " the same command and --resume"))
+        again = shlex.join([sys.executable, *sys.argv, "--resume"])
+        if not run.rank:
+            print("stopped; continue with:", "the same command and --resume" if run.world > 1 else again)
         raise SystemExit(130)
 
 
@@ -2169,7 +2173,8 @@ def put_state(run, state, model, optimizer):
 def answer_all(model, tok, prompts, max_new, size=64, **sampling):
     """Replies to prompts (lists of ids), greedy unless `sampling` says otherwise, those of like length together."""
     order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for some in (order[i : i + size] for i in range(0, len(order), size)):
+    for i in range(0, len(order), size):
+        some = order[i : i + size]
         texts |= zip(some, map(tok.decode, generate(model, [prompts[j] for j in some], max_new, tok.stop, **sampling)))
     return [texts[i] for i in range(len(prompts))]
 
@@ -2339,7 +2344,8 @@ def run_world(cfg, run, state):
         for row in rows:  # arms are compared at as many tokens
             total += 0 if row["broken"] else row["tokens"]
             kept += [row] if not row["broken"] and total <= cfg.tokens else []
-        len(kept) >= PARTS or fail(f"--tokens {cfg.tokens}: {len(kept)} dialogues of {arm}, {PARTS} are needed")
+        if len(kept) < PARTS:
+            fail(f"--tokens {cfg.tokens}: {len(kept)} dialogues of {arm} are too few to compare, {PARTS} are needed")
         cuts = np.linspace(0, len(kept), PARTS + 1).astype(int)
         parts[arm] = [data_measures(kept[a:b], embed) for a, b in zip(cuts, cuts[1:])]
         broken = Counter(rule for row in rows for rule in row["broken"])
@@ -2356,7 +2362,8 @@ def run_world(cfg, run, state):
     if totals:
         print("unseen tools, by students; training and test come from one simulator, which is a limit of this design")
         print_table(shares)
-        learned or print("not compared: the student of neither is missing or has hardly learned to call; raise --steps")
+        if not learned:
+            print("not compared: the student of neither is missing or has hardly learned to call; raise --steps")
     found = {"edges-compose": gain} | gaps(parts, totals if learned else {})
     return found, metrics | shares, dict(encoder=name, merged=merged)
 
@@ -2405,7 +2412,8 @@ def run_graph(cfg, run, state):
     docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
     tools = sum(docs.values(), []) + others or (
         load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
-    len(tools) > 1 or fail(f"--tools {cfg.tools}: one tool makes no graph")
+    if len(tools) < 2:
+        fail(f"--tools {cfg.tools}: one tool makes no graph")
     texts, owner, returns = tool_texts(tools)
     x, metrics = embed(texts), {}
     pp, pr = pair_scores(x, owner, len(tools), returns)
@@ -2494,10 +2502,12 @@ def run_sft(cfg, run, state):
     folder = fetch_model(cfg.model)
     model, tok = load_real(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
-    len(data["ids"]) or fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
+    if not len(data["ids"]):
+        fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
     share = float((data["target"] >= 0).sum() / (data["doc"] >= 0).sum())
     used = int((data["place"][data["doc"] >= 0] == 0).sum())
-    share or fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
+    if not share:
+        fail(f"--data {cfg.data}: the assistant says nothing that could be learned")
     if not run.rank:
         print(f"{used} dialogues in {len(data['ids'])} lines of {cfg.seq_len} tokens, {share:.0%} of them learned; "
               f"{len(rows) - used} longer ones are left out, see --seq-len")
@@ -2550,9 +2560,11 @@ def main(argv=None):
     cfg = cli(Config, SCALES, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    not cfg.kernels or torch.cuda.is_available() or fail("--kernels needs a CUDA device: leave it out here")
+    if cfg.kernels and not torch.cuda.is_available():
+        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     for name in ("data", "tools"):
-        Path(path := getattr(cfg, name)).exists() or fail(f"--{name} {path}: no such file or folder")
+        if (path := getattr(cfg, name)) and not Path(path).exists():
+            fail(f"--{name} {path}: no such file or folder")
     if cfg.task == "synth" and (tokens := estimate(cfg)) > cfg.budget:
         fail(f"--budget {cfg.budget:,}: about {tokens:,} tokens are needed; raise it, or lower --dialogues")
     world = int(os.environ.get("WORLD_SIZE", 1))

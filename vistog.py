@@ -32,9 +32,9 @@ vistog-joint has no isolation, -late skips the encoder, -hard has no noise, -sof
 groups patches by the true objects: what the same layers would make of perfect groups.
 
 Differences from the paper, whose text was not at hand: abstract, reviews and GroupViT's code are what this is read from
-  grouping    GroupViT's, without biases and what it has before (a mix of the tokens, cross-attention): LayerNorms apart,
-              one head, softmax over the groups, tau and eps 1, residual of the semantic token, MLP. Semantic tokens start
-              from N(0, 1), have no place, pass CLIP's first LayerNorm and see each other (inferred).
+  grouping    GroupViT's, without biases and what it has before (a mix of the tokens, cross-attention): LayerNorms
+              apart, one head, softmax over the groups, tau and eps 1, residual of the semantic token, MLP. Semantic
+              tokens start from N(0, 1), have no place, pass CLIP's first LayerNorm, see each other (inferred).
   isolation   two streams instead of a mask: the same numbers (tested), and the image's is computed once and kept.
   world       generated scenes with questions of five kinds instead of LLaVA-1.5's data and eleven benchmarks; a
               single word answers. A tenth of the pairs of colour and shape is in captions, but in no training question
@@ -1853,9 +1853,9 @@ def remember(run, state, **job):
 
 def stopped(run):
     """After Ctrl-C: say how to go on, and leave."""
-    again = "the same command and --resume" if run.world > 1 else shlex.join([sys.executable, *sys.argv, "--resume"])
+    again = shlex.join([sys.executable, *sys.argv, "--resume"])
     if not run.rank:
-        print(f"stopped; continue with: {again}")
+        print("stopped; continue with:", "the same command and --resume" if run.world > 1 else again)
     raise SystemExit(130)
 
 
