@@ -10,7 +10,7 @@ Zhang, Wang, Yu, Jiang, Wu, Li, Wang, Jiang, Shang, Tang, Lyu, Ma, ICLR 2025, ar
 A fixed reference says the right thing in other words, so that metrics measure the words. RevisEval lets a model revise
 the very response that is judged: what the revision keeps was right, and even BLEU against it measures what was wrong.
 
-  python reviseval.py    # 3 min on one core: tau-b of BLEU with quality 0.76 against r*, 0.24 against a fixed reference
+  python reviseval.py    # 5 min on a busy core: tau-b of BLEU with quality 0.76 against r*, 0.24 against fixed ones
   python reviseval.py --task data --data my.jsonl --endpoint https://host/v1 --model NAME --report report.html
   python reviseval.py --task data --data sfres.json --schema unieval --encoder DIR --scorer DIR    # metrics alone
 
