@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import site
+import socket
 import subprocess
 import sys
 import threading
@@ -109,6 +110,26 @@ class Alone:
 def alone(tmp_path_factory):
     """`alone(script, *argv, cwd=None, timeout=60, codes=(0,))`: see Alone.__call__."""
     return Alone(tmp_path_factory)
+
+
+@pytest.fixture
+def two_ranks(alone):
+    """`two_ranks(code, argv, cwd)`: `python -c code argv` as two processes of torchrun; what the first prints."""
+    def run(code, argv, cwd):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            world = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        ranks = [subprocess.Popen([sys.executable, "-c", code, *argv], cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                                  env=alone.env | NO_GPU | world | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in range(2)]
+        try:
+            texts = [process.communicate(timeout=60 * FACTOR)[0] for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        assert [process.returncode for process in ranks] == [0, 0], "\n".join(text[-3000:] for text in texts)
+        return texts[0]
+    return run
 
 
 @pytest.fixture(scope="session")

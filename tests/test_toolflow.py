@@ -1294,7 +1294,8 @@ def test_dry_runs(checkpoint, capsys):
         assert "nothing is trained" in trained and "FLOPs" not in trained
 
 
-@pytest.mark.parametrize("world, words", [(1, "continue with: "), (2, "continue with: the same command and --resume\n")])
+@pytest.mark.parametrize("world, words", [
+    (1, "continue with: /"), (2, "continue with: the same command and --resume\n")])
 def test_how_to_go_on_after_ctrl_c(world, words, monkeypatch, capsys):
     monkeypatch.setattr(m, "should_stop", lambda run: True)
     with pytest.raises(SystemExit) as stop:

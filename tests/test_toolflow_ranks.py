@@ -2,12 +2,7 @@
 # Copyright (c) 2026 the authors
 """toolflow.py --task sft on two processes over gloo, the weights spread by FSDP, against one process."""
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 
 import pytest
 import toolflow as m
@@ -15,23 +10,20 @@ from safetensors.torch import load_file
 from test_toolflow import checkpoint, sound  # noqa: F401
 
 RANKS = """
-import os, sys, torch._dynamo, toolflow
-rank = str(int(os.fork() > 0))
-os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+import sys, toolflow
 checks = []
 toolflow.should_stop = lambda run: checks.append(0) or len(checks) == 4
 try:
-    toolflow.main(sys.argv[2:])
+    toolflow.main(sys.argv[1:])
 except SystemExit as stop:
     assert stop.code == 130
-toolflow.main([*sys.argv[2:], "--resume"])
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) if rank == "1" else 0)
+toolflow.dist.barrier()  # until the first has saved; torchrun starts again when all have ended
+toolflow.main([*sys.argv[1:], "--resume"])
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("rank", ["0", "2"], ids=["all", "lora"])
-def test_two_ranks_are_one_process(alone, one_thread, rank, checkpoint, monkeypatch, tmp_path):  # noqa: F811
+def test_two_ranks_are_one_process(alone, two_ranks, one_thread, rank, checkpoint, monkeypatch, tmp_path):  # noqa: F811
     """Two processes, stopped after two of four steps and resumed, write the checkpoint and log the losses of one.
     The lines of a batch are of unequal length."""
     rows = [m.to_openai(dict(messages=made["messages"][: 2 + 2 * i]), tools[:1])
@@ -42,18 +34,8 @@ def test_two_ranks_are_one_process(alone, one_thread, rank, checkpoint, monkeypa
              "--log-every", "1"]
     cwd = alone.new()
     shutil.copy(m.__file__, cwd)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    process = subprocess.Popen([sys.executable, "-c", RANKS, port, *flags], cwd=cwd, env=alone.env, text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    try:
-        text = process.communicate(timeout=40 * float(os.environ.get("TEST_TIME_FACTOR", "1")))[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0 and text.count("RESULT") == text.count("stopped; continue with") == 1, text[-3000:]
+    text = two_ranks(RANKS, flags, cwd)
+    assert text.count("RESULT") == text.count("stopped; continue with") == 1
     monkeypatch.chdir(tmp_path)
     m.main(flags)
     ours, theirs = (load_file(folder / "x/model/model.safetensors") for folder in (cwd, tmp_path))

@@ -255,8 +255,9 @@ def test_readme_refuses_a_misnamed_record_and_two_thresholds(repository, capsys)
 
 
 def test_readme_counts_claims_that_are_not_named(repository, capsys):
-    more = [{"id": f"c{i}", "statistic": float(i), "ci": [i - 1.0, i + 1.0], "threshold": 2.5} for i in range(5)]
     for seed in range(3):
+        more = [{"id": f"c{i}", "statistic": i + seed / 100 - 0.01, "ci": [i - 1.0, i + 1.0], "threshold": 2.5}
+                for i in range(5)]
         edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=more)
     (repository / "README.md").write_text(REGION.replace(" -->\nformer", " claims: c4, c0 -->\nformer"))
     assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
