@@ -112,10 +112,26 @@ def alone(tmp_path_factory):
     return Alone(tmp_path_factory)
 
 
+STOP_AND_RESUME = """
+import sys, {name} as script
+checks = []
+script.should_stop = lambda run: checks.append(0) or len(checks) == {stop}
+try:
+    script.main(sys.argv[1:])
+except SystemExit as stop:
+    assert stop.code == 130
+script.dist.barrier()  # until the first has saved; torchrun starts again when all have ended
+script.main([*sys.argv[1:], "--resume"])
+"""
+
+
 @pytest.fixture
 def two_ranks(alone):
-    """`two_ranks(code, argv, cwd)`: `python -c code argv` as two processes of torchrun; what the first prints."""
-    def run(code, argv, cwd):
+    """`two_ranks(name, argv, cwd, stop)`: the script as two processes of torchrun, stopped at its stop-th look for
+    Ctrl-C and resumed; what the first process prints."""
+    def run(name, argv, cwd, stop):
+        shutil.copy(ROOT / f"{name}.py", cwd)
+        code = STOP_AND_RESUME.format(name=name, stop=stop)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             world = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))

@@ -2,24 +2,11 @@
 # Copyright (c) 2026 the authors
 """toolflow.py --task sft on two processes over gloo, the weights spread by FSDP, against one process."""
 import json
-import shutil
 
 import pytest
 import toolflow as m
 from safetensors.torch import load_file
 from test_toolflow import checkpoint, sound  # noqa: F401
-
-RANKS = """
-import sys, toolflow
-checks = []
-toolflow.should_stop = lambda run: checks.append(0) or len(checks) == 4
-try:
-    toolflow.main(sys.argv[1:])
-except SystemExit as stop:
-    assert stop.code == 130
-toolflow.dist.barrier()  # until the first has saved; torchrun starts again when all have ended
-toolflow.main([*sys.argv[1:], "--resume"])
-"""
 
 
 @pytest.mark.parametrize("rank", ["0", "2"], ids=["all", "lora"])
@@ -33,8 +20,7 @@ def test_two_ranks_are_one_process(alone, two_ranks, one_thread, rank, checkpoin
              "0.03", "--batch-size", "4", "--seq-len", "2000", "--lora-rank", rank, "--save-every", "2",
              "--log-every", "1"]
     cwd = alone.new()
-    shutil.copy(m.__file__, cwd)
-    text = two_ranks(RANKS, flags, cwd)
+    text = two_ranks("toolflow", flags, cwd, 4)
     assert text.count("RESULT") == text.count("stopped; continue with") == 1
     monkeypatch.chdir(tmp_path)
     m.main(flags)

@@ -1,26 +1,12 @@
 # SPDX-License-Identifier: MIT
 # Copyright (c) 2026 the authors
 """vistog.py --task llava on two processes over gloo, its weights spread by FSDP, against one process."""
-import shutil
-
 import pytest
 import vistog as m
 from safetensors.torch import load_file
 from test_vistog_llava import FLAGS, here, quiet  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-RANKS = """
-import sys, vistog
-checks = []
-vistog.should_stop = lambda run: checks.append(0) or len(checks) == 5
-try:
-    vistog.main(sys.argv[1:])
-except SystemExit as stop:
-    assert stop.code == 130
-vistog.dist.barrier()  # until the first has saved; torchrun starts again when all have ended
-vistog.main([*sys.argv[1:], "--resume"])
-"""
 
 
 def test_two_ranks_are_one_process(here, two_ranks, monkeypatch):
@@ -29,8 +15,7 @@ def test_two_ranks_are_one_process(here, two_ranks, monkeypatch):
     reads the other's rows, a part of the optimizer's state saved as if it were the whole."""
     quiet(monkeypatch)
     argv = [*FLAGS, "--arms", "vistog", "--micro-batch", "2", "--lr", "1e-3"]
-    shutil.copy(m.__file__, here)
-    text = two_ranks(RANKS, [*argv, "--fsdp", "--out", "two"], here)
+    text = two_ranks("vistog", [*argv, "--fsdp", "--out", "two"], here, 5)
     assert text.count("continue with: ") == 1
     m.main([*argv, "--out", "one"])
     old = load_file("lm/model.safetensors")["model.embed_tokens.weight"]
