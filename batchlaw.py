@@ -39,7 +39,7 @@ Differences from the paper, of which the abstract, summaries and citing code wer
               approach as corrected by Epoch); the three-term law is a surrogate for the paper's batch laws.
   left out    critical batch at a target loss of trained models (the quadratic has it), cosine and WSD schedules.
 
-Copy out: law with terms, huber_lm and fit_law, allocate, parabola, grad_noise, quadratic_loss
+Copy out: law with terms, huber_lm and fit_law, allocate, parabola, grad_noise, steps_examples, quadratic_loss
 """
 
 import argparse
@@ -128,7 +128,7 @@ class Config:
     # running
     log_every: int = 2**14  # tokens between two lines of log.jsonl
     save_every: int = 2**17  # tokens between two checkpoints
-    out: str = ""  # output directory; "" = out/batchlaw/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/batchlaw/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
@@ -1035,7 +1035,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1077,6 +1078,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1116,7 +1119,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1188,6 +1191,7 @@ def export(model):
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1195,14 +1199,17 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
+# --- block: stop ---
 def stopped(run):
     """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
     if not run.rank:
-        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"stopped; continue with: {command}")
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
     raise SystemExit(130)
+# --- end block ---
 
 
 def groups_of(cfg):
@@ -1345,7 +1352,7 @@ def print_laws(found):
     for arm in dict.fromkeys(key.split("/")[0] for key in found):
         of = {key.split("/")[1]: x for key, (x, _) in found.items() if key.startswith(arm)}
         print(f"{arm}: {of['optima']} of {of['cells']} cells (N, D) have a best batch inside the grid"
-              + "; too few for a law of the batch: 4 at 3 values of D" * ("exponent" not in of))
+              + "; too few for a law of the batch: more than half, at 3 values of D" * ("exponent" not in of))
         low, high = found.get(f"{arm}/N_power_of_C", (0, (0, 0)))[1]
         if high - low > 0.2:
             print(f"{arm}: WARNING: these runs do not say how to divide compute between N and D: the interval of the "

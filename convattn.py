@@ -121,7 +121,7 @@ class Config:
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/convattn/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/convattn/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
@@ -132,7 +132,7 @@ class Config:
             if not ARM.fullmatch(arm) or arms.count(arm) > 1:
                 fail(f"--arms {arm}: once each, {'|'.join(ENCODINGS)}, then +1x1, +1x3, ... or +keyconv, then @LAYERS")
         if not set(problems) <= set(PROBLEMS) or len(set(problems)) < len(problems):
-            fail(f"--problems {self.problems}: a comma list out of {', '.join(PROBLEMS)}")
+            fail(f"--problems {self.problems}: a comma list, each once, out of {', '.join(PROBLEMS)}")
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", self.eval_lens):
             fail(f"--eval-lens {self.eval_lens}: must look like 64,128")
         # numbers are at least 1 where listed here, else at least 0, and some have an upper limit
@@ -578,7 +578,7 @@ CLAIMS = dict(
 
 
 def interval(x):
-    """Mean of (n,) and its 95 % interval; 1.96 + 2.8 / (n - 1) is Student's quantile to 0.2 % from n = 8 on."""
+    """Mean of (n,) and its 95 % interval; from n = 8 on 1.96 + 2.8 / (n - 1) is Student's quantile, -0.2 to +0.7 %."""
     spread = (1.96 + 2.8 / (len(x) - 1)) * np.std(x, ddof=1) / math.sqrt(len(x))
     return np.mean(x), (np.mean(x) - spread, np.mean(x) + spread)
 
@@ -691,7 +691,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -733,6 +734,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -772,7 +775,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -878,6 +881,7 @@ def accumulate(net, batch, micro_batch, loss_sum):
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -885,6 +889,7 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
 def cost(cfg, arm, vocab, L):
@@ -904,6 +909,7 @@ def dry_run(cfg):
     rows, L = cfg.micro_batch or cfg.batch_size, cfg.seq_len
     for arm in cfg.arms.split(","):
         (n, flops), sequences = cost(cfg, arm, vocab, L), cfg.batch_size * cfg.steps
+        sequences *= len(cfg.problems.split(",")) if cfg.task == "che" else 1
         scores = rows * min(L, cfg.chunk if cfg.impl == "chunked" else L) * L * (4 * cfg.n_head + 2 * cfg.conv_width)
         memory = (16 * n + rows * L * (34 * cfg.n_layer * cfg.n_embd + 8 * vocab) + 4 * scores) / 2**30
         print(f"{arm}: {n:,} parameters, {sequences * L:.2e} tokens, {sequences * flops:.2e} FLOPs, "
@@ -936,12 +942,14 @@ def ledger(cfg, run, data, vocab):
           + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10), flush=True)
 
 
+# --- block: stop ---
 def stopped(run):
     """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
     if not run.rank:
-        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"stopped; continue with: {command}")
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
     raise SystemExit(130)
+# --- end block ---
 
 
 def plot_lengths(path, cfg, metrics):

@@ -119,7 +119,7 @@ class Config:
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps of tiny's training between two checkpoints; calibration saves after every block
-    out: str = ""  # output directory; "" = out/flatquant/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/flatquant/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     save: str = ""  # directory for the last arm with a rotation, in four bits: packed weights, scales, transforms
     load: str = ""  # output directories with calibrated blocks (comma list), or with --generate one made by --save
@@ -133,7 +133,7 @@ class Config:
         self.arms = self.arms or f"rtn,smoothquant,hadamard,hadamard_lct,{more}flatquant,flatquant_hq"
         arms = self.arms.split(",")
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list of names out of {', '.join(ARMS)}")
+            fail(f"--arms {self.arms}: a comma list, each once, out of {', '.join(ARMS)}")
         if self.task == "real" and not self.model:
             fail("--task real needs --model: a directory or a hub id, HuggingFaceTB/SmolLM2-135M-Instruct for one")
         if self.layers and not (re.fullmatch(r"\d+:\d+", self.layers) and self.out):
@@ -727,7 +727,7 @@ CLAIMS = [
 
 
 def interval(x):
-    """Mean of (n,) and its 95 % interval; 1.96 + 2.8 / (n - 1) is at least Student's quantile from n = 8 on."""
+    """Mean of (n,) and its 95 % interval; from n = 8 on 1.96 + 2.8 / (n - 1) is Student's quantile, -0.2 to +0.7 %."""
     spread = (1.96 + 2.8 / (len(x) - 1)) * np.std(x, ddof=1) / math.sqrt(len(x))
     return np.mean(x), (np.mean(x) - spread, np.mean(x) + spread)
 
@@ -916,7 +916,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -958,6 +959,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -997,7 +1000,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1126,7 +1129,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -1199,6 +1202,7 @@ def load_tokenizer(folder):
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1206,13 +1210,17 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
+# --- block: stop ---
 def stopped(run):
     """After Ctrl-C, when the state is saved: say how to go on, and leave."""
-    command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-    print(f"stopped; continue with: {command}")
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    if not run.rank:
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
     raise SystemExit(130)
+# --- end block ---
 
 
 def read_config(folder):

@@ -146,7 +146,7 @@ class Config:
     eval_every: int = 500  # steps between two points of the learning curve
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/mdm/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/mdm/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     load: str = ""  # directory of a finished run; the first of --arms answers --solve
     solve: str = ""  # file of problems to answer ("-" = standard input); needs --load
@@ -158,11 +158,12 @@ class Config:
         for flag, known in dict(arms=arms, levels=LEVELS, test_levels=LEVELS).items():
             names = getattr(self, flag).split(",")
             if not set(names) <= set(known) or len(set(names)) < len(names):
-                fail(f"--{flag.replace('_', '-')} {','.join(names)}: a comma list of names out of {', '.join(known)}")
+                flag = flag.replace("_", "-")
+                fail(f"--{flag} {','.join(names)}: a comma list, each once, out of {', '.join(known)}")
         ones = "n_train n_val n_test T batch_size steps eval_every log_every save_every".split()
         for name, value in vars(self).items():
             low, high = int(name in ones), dict(dropout=0.99, threshold=1, beta2=0.9999).get(name, math.inf)
-            if not isinstance(value, str) and not low <= value <= high:
+            if not isinstance(value, str) and not (low <= value <= high and value < math.inf):
                 limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
                 fail(f"--{name.replace('_', '-')} {value}: must be {limits}")
         if 0 < self.beta < 1:
@@ -1212,7 +1213,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1254,6 +1256,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1293,7 +1297,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1399,6 +1403,7 @@ def accumulate(net, batch, micro_batch, loss_sum):
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1406,14 +1411,17 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
+# --- block: stop ---
 def stopped(run):
     """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
     if not run.rank:
-        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"stopped; continue with: {command}")
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
     raise SystemExit(130)
+# --- end block ---
 
 
 def cost(cfg, arm):
@@ -1541,10 +1549,10 @@ def main(argv=None):
     cfg = cli(Config, SCALES, argv)
     if cfg.dry_run:
         return dry_run(cfg)
-    if cfg.solve:
-        return solve(cfg)
     if cfg.kernels and not torch.cuda.is_available():
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    if cfg.solve:
+        return solve(cfg)
     names = dict(data=cfg.data, test_data=cfg.test_data)
     files = {flag: read_problems(name, cfg.task) for flag, name in names.items() if name}  # before anything is written
     run, began = start_run(cfg, "mdm"), time.perf_counter()

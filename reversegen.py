@@ -148,14 +148,14 @@ class Config:
     part: int = 500  # proposals that are written to a file at once, and sequences decoded at once
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/reversegen/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/reversegen/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
     def __post_init__(self):
         arms, zeros = self.arms.split(","), "seed weak_mass starved beta semdedup_eps lr dpo_lr tune_lr".split()
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
+            fail(f"--arms {self.arms}: a comma list, each once, out of {', '.join(ARMS)}")
         least = dict(temp=1e-3, top_p=1e-3, n_test=3, n_eval=2)
         most = dict(weak_mass=1, starved=1, top_p=1, n_test=9000)
         for name, value in vars(self).items():
@@ -642,12 +642,14 @@ def completion_logp(model, ids, target, kernels=False):
     return logp.new_zeros(ids.shape).masked_scatter(live, logp).sum(1)
 
 
+# --- block: logp ---
 def token_logp(h, w, target, kernels=False):
     """log p (T,) of targets (T,), in fp32 at least, from outputs h (T, d) and the head's weight w (V, d)."""
     if kernels:
         return load_kernel("token_logp")(h, w.to(h.dtype), target)  # never (T, V)
     logits = F.linear(h, w)  # (T, V)
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+# --- end block ---
 
 
 def dpo_loss(logp, ref, beta):
@@ -1010,7 +1012,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1052,6 +1055,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1091,7 +1096,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1186,7 +1191,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -1309,6 +1314,7 @@ class Chat:
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1316,6 +1322,7 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
 class Local:
@@ -1462,7 +1469,8 @@ def ledger(cfg, run):
     speeds = batch["ids"].numel() / seconds, len(prompts) * cfg.max_new / spent
     minutes = cfg.targets * sum(tokens / speed for tokens, speed in zip(work(cfg), speeds)) / 60
     print(f"{speeds[0]:,.0f} tokens/s learned from, {speeds[1]:,.0f} written: at most about {minutes:.1f} minutes, if "
-          "every text is as long as it may be" + ", without what chat models take" * bool(cfg.target), flush=True)
+          "every text is as long as it may be" + ", without what chat models take" * bool(cfg.target)
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and minutes > 10), flush=True)
 
 
 def dry_run(cfg):

@@ -127,14 +127,14 @@ class Config:
     kernels: bool = False  # Triton kernels greedy_match, token_logp (cuda only; compared with PyTorch at first use)
     log_every: int = 50  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/reviseval/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/reviseval/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, or calls and tokens, and stop
 
     def __post_init__(self):
         arms = self.arms.split(",")
         if not set(arms) <= set(REFERENCES) or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list out of {', '.join(REFERENCES)}")
+            fail(f"--arms {self.arms}: a comma list, each once, out of {', '.join(REFERENCES)}")
         for name, value in vars(self).items():
             low = int(name not in ("seed", "n_rows"))
             if not isinstance(value, (str, bool)) and not low <= value < math.inf and name != "lr":
@@ -704,12 +704,14 @@ def bert_score(embed, pairs, kernels=False, size=16, length=len):
     return in_batches(pairs, size, match, lambda pair: max(len(known[text][0]) for text in pair))
 
 
+# --- block: logp ---
 def token_logp(h, w, target, kernels=False):
     """log p (T,) of targets (T,), in fp32 at least, from outputs h (T, d) and the head's weight w (V, d)."""
     if kernels:
         return load_kernel("token_logp")(h, w.to(h.dtype), target)  # never (T, V)
     logits = F.linear(h, w)  # (T, V)
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+# --- end block ---
 
 
 @torch.no_grad()
@@ -1278,7 +1280,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1320,6 +1323,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1359,7 +1364,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1454,7 +1459,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -1577,6 +1582,7 @@ class Chat:
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1584,14 +1590,23 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
+
+
+# --- block: stop ---
+def stopped(run):
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    if not run.rank:
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
+    raise SystemExit(130)
+# --- end block ---
 
 
 def pause(run):
-    """After Ctrl-C: say how to go on, and leave."""
+    """At Ctrl-C the run ends."""
     if should_stop(run):
-        command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-        print(f"stopped; continue with: {command}")
-        raise SystemExit(130)
+        stopped(run)
 
 
 def stage(run, path, todo, make, spent=lambda: 0, size=16):
@@ -1887,14 +1902,14 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.kernels and not torch.cuda.is_available():
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("torchrun: this script runs in one process")
     if cfg.report and (not Path(cfg.report).resolve().parent.is_dir() or Path(cfg.report).is_dir()):
         fail(f"--report {cfg.report}: must be a file in a directory that there is")
     rows = read_data(cfg) if cfg.task == "data" else make_responses(cfg)
     told = [[row["source"], row["human"], *answers_of(row), row.get("label", row.get("quality"))] for row in rows]
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
     run = start_run(cfg, "reviseval")
-    if run.world > 1:
-        fail("torchrun: this script runs in one process")
     real = real_metrics(cfg, run.device)  # before there is a state: a mistyped name must not lock the directory
     backend = Remote(cfg, run) if cfg.endpoint else Local(cfg, run) if cfg.model else None
     state = load_state(run) or dict(done={}, trained=[], data=digest, seconds=0.0)

@@ -152,7 +152,7 @@ class Config:
     kernels: bool = False  # Triton kernel token_logp (cuda only; compared with PyTorch at first use)
     # running
     save_every: int = 100  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/rise/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/rise/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, FLOPs, memory and hours, and stop
 
@@ -166,8 +166,9 @@ class Config:
                 fail(f"--{name.replace('_', '-')} {value}: must be {limits}")
         rules = [
             (not set(arms) <= set(ARMS) or len(set(arms)) < len(arms),
-             f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}"),
-            (not self.top_p or self.n_test == 1, "--top-p 0, --n-test 1: must be more"),
+             f"--arms {self.arms}: a comma list, each once, out of {', '.join(ARMS)}"),
+            (not self.top_p, "--top-p 0: must be more"),
+            (self.n_test == 1, "--n-test 1: must be more"),
             (self.k < 2, f"--k {self.k}: at least 2, one sample that is right and one that is wrong"),
             (self.n_embd % (2 * self.n_head) or self.n_embd < 8,
              f"--n-embd {self.n_embd}: must be a multiple of twice --n-head {self.n_head}, and at least 8")]
@@ -587,6 +588,7 @@ class Chatter:
         return self.chat(edit_request(kind, question, before, step))
 
 
+# --- block: lora ---
 class Lora(nn.Module):
     """y = x W^T + 2 x A^T B^T: W stays, A and B of rank r are learned; B starts at 0. (Hu et al. 2021)"""
 
@@ -608,6 +610,7 @@ def add_lora(model, rank):
             if isinstance(linear, nn.Linear):
                 setattr(layer, name, Lora(linear, rank))
     return model
+# --- end block ---
 
 
 # ---------------------------------------------------------------- 4. Method (official code, reviews, our choices)
@@ -733,12 +736,14 @@ def rft_loss(logp, ref, count):
     return -logp[:, 0] / count, (logp - ref) @ logp.new_tensor([1.0, -1.0])
 
 
+# --- block: logp ---
 def token_logp(h, w, target, kernels=False):
     """log p (T,) of targets (T,), in fp32 at least, from outputs h (T, d) and the head's weight w (V, d)."""
     if kernels:
         return load_kernel("token_logp")(h, w.to(h.dtype), target)  # never (T, V)
     logits = F.linear(h, w)  # (T, V)
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+# --- end block ---
 
 
 class PairLogp(nn.Module):
@@ -1189,7 +1194,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1231,6 +1237,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1270,7 +1278,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1399,7 +1407,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -1522,6 +1530,7 @@ class Chat:
 # --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1529,6 +1538,17 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
+
+
+# --- block: stop ---
+def stopped(run):
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    if not run.rank:
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
+    raise SystemExit(130)
+# --- end block ---
 
 
 def save_progress(run, parts=None):
@@ -1544,10 +1564,7 @@ def after_step(run, due, make_parts=lambda: None):
     if stop or due:
         save_progress(run, make_parts())
     if stop:
-        if not run.rank:
-            command = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
-            print(f"stopped; continue with: {command}")
-        raise SystemExit(130)
+        stopped(run)
 
 
 def read_rows(path):
@@ -1609,7 +1626,8 @@ def make_policy(cfg, run, b, weights=None):
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
-        fail(f"--model {folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+        where = f"--model {folder}" if cfg.model else f"{folder}/base.safetensors (remove {run.out} and start again)"
+        fail(f"{where}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
     model = add_lora(model, cfg.lora_rank)
     if weights:
@@ -1679,9 +1697,8 @@ def ledger(cfg, run):
     share = flops / train * seconds(lambda: x @ x) / (2 * 1024**3)
     minutes = ((trained + read / 3) * train + written * write) / 60
     print(f"{1 / train:,.0f} tokens/s in training ({share:.0%} of a matmul's FLOP/s), {1 / write:,.0f} in writing; at "
-          f"most {trained:,} trained, {read:,} read, {written:,} written = {minutes:.1f} minutes", flush=True)
-    if cfg.scale == "small" and cfg.task == "chain" and minutes > 10:
-        print("note: on this machine that is more than the ten minutes that --scale small is made for", flush=True)
+          f"most {trained:,} trained, {read:,} read, {written:,} written = {minutes:.1f} minutes"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and minutes > 10), flush=True)
 
 
 def dry_run(cfg):
@@ -1769,8 +1786,6 @@ def run_base(cfg, run, b, problems, sets, until):
     held, rows = ([row for row in rows if (row["id"] % 10 == 9) == out] for out in (True, False))
     if len(rows) < 2:
         fail(f"{folder}/pairs.jsonl: pairs of {len(rows)} problems are too few to train on: raise --n-problems or --k")
-    if cfg.batch_size % run.world:
-        fail(f"--batch-size {cfg.batch_size}: must be a multiple of the {run.world} ranks")
     for arm, seed in [("0", 0)] * ("0" in cfg.arms.split(",")) + jobs_of(cfg):
         job, weights = f"b{b}-s{seed}-{arm}", folder / f"{arm}-s{seed}.safetensors"
         if job in run.state["done"]:
@@ -1841,6 +1856,9 @@ def main(argv=None):
         return dry_run(cfg)
     if cfg.kernels and not torch.cuda.is_available():
         fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.batch_size % world:
+        fail(f"torchrun: --batch-size {cfg.batch_size} must be a multiple of {world}")
     problems, sets = load_sets(cfg)
     until, cfg.until = cfg.until, "eval"  # a run goes on from its pairs
     run = start_run(cfg, "rise")

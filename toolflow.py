@@ -100,12 +100,12 @@ class Config:
     seed: int = 0  # dialogues, first weights, order of training
     data: str = ""  # graph, bfcl: folder of the unzipped package bfcl-eval; sft: JSONL in OpenAI's format
     tools: str = ""  # synth, graph: file of tools (OpenAI, BFCL, or an MCP answer to tools/list); "" = the made world
-    encoder: str = ""  # folder or hub id of all-MiniLM-L6-v2 or another BERT-type encoder; "" = hashed n-grams
+    encoder: str = ""  # directory or hub id of all-MiniLM-L6-v2 or another BERT-type encoder; "" = hashed n-grams
     tau: float = 0.0  # cosine above which two tools are joined (paper: 0.82, of its encoder); 0 = 6 neighbours a tool
     n_tools: str = "3-6"  # fewest-most tools of a dialogue (not stated in the paper)
     show_graph: str = ""  # file .svg or .png to draw the graph and one walk to
-    teacher: str = ""  # synth: an endpoint https://host/v1; or checkpoints, a comma list of folders or hub ids
-    model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: folder or hub id
+    teacher: str = ""  # synth: an endpoint https://host/v1; or checkpoints, a comma list of directories or hub ids
+    model: str = ""  # synth: the endpoint's models a,b,c, one drawn for each dialogue; sft, bfcl: directory or hub id
     dialogues: int = 8000  # synth: how many, kept or not (paper: 8000)
     budget: int = 10_000_000  # synth: tokens after which nothing is asked; dialogues under way are dropped then
     workers: int = 8  # synth: requests at a time
@@ -127,14 +127,14 @@ class Config:
     kernels: bool = False  # Triton kernels simgraph, token_logp (cuda only; compared with PyTorch at first use)
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 200  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/toolflow/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/toolflow/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     dry_run: bool = False  # print parameters, tokens, cost and hours, and stop
 
     def __post_init__(self):
         arms, students = self.arms.split(","), [arm for arm in self.students.split(",") if arm]
         if not set(arms) <= ARMS.keys() or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list out of {', '.join(ARMS)}")
+            fail(f"--arms {self.arms}: a comma list, each once, out of {', '.join(ARMS)}")
         if self.task == "world" and (not set(students) <= set(arms) or len(set(students)) < len(students)):
             fail(f"--students {self.students}: must be among --arms {self.arms}, each once")
         for name, value in vars(self).items():
@@ -149,7 +149,7 @@ class Config:
             fail(f"--show-graph {self.show_graph}: must end in .svg or .png")
         if self.task == "graph" and self.data and self.tools:
             fail("--task graph: takes --data or --tools, not both")
-        need = dict(sft=["data", "model"], bfcl=["data", "model"])
+        need = dict(sft=["model", *["data"] * (not self.dry_run)], bfcl=["data", "model"])
         need["synth"] = ["tools", "teacher", *["model"] * ("://" in self.teacher)] * (not self.dry_run)
         if missing := [f"--{name}" for name in need.get(self.task, ()) if not getattr(self, name)]:
             fail(f"--task {self.task}: needs {' and '.join(missing)} (-h says of what form)")
@@ -1615,12 +1615,14 @@ def packed_states(model, ids, doc, place):
     return model.norm(x)
 
 
+# --- block: logp ---
 def token_logp(h, w, target, kernels=False):
     """log p (T,) of targets (T,), in fp32 at least, from outputs h (T, d) and the head's weight w (V, d)."""
     if kernels:
         return load_kernel("token_logp")(h, w.to(h.dtype), target)  # never (T, V)
     logits = F.linear(h, w)  # (T, V)
     return logits.log_softmax(-1, torch.promote_types(logits.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+# --- end block ---
 
 
 def sft_loss(model, batch, kernels=False):
@@ -1629,6 +1631,7 @@ def sft_loss(model, batch, kernels=False):
     return -token_logp(h[live], (model.lm_head or model.embed_tokens).weight, batch["target"][live], kernels).sum()
 
 
+# --- block: lora ---
 class Lora(nn.Module):
     """y = x W^T + 2 x A^T B^T: W stays, A and B of rank r are learned; B starts at 0. (Hu et al. 2021)"""
 
@@ -1650,6 +1653,7 @@ def add_lora(model, rank):
             if isinstance(linear, nn.Linear):
                 setattr(layer, name, Lora(linear, rank))
     return model
+# --- end block ---
 
 
 def merge_lora(model):
@@ -1748,7 +1752,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1790,6 +1795,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1829,7 +1836,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1924,7 +1931,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -2047,13 +2054,20 @@ class Chat:
 # --- end block ---
 
 
+# --- block: stop ---
+def stopped(run):
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
+    if not run.rank:
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
+    raise SystemExit(130)
+# --- end block ---
+
+
 def pause(run):
-    """After Ctrl-C: say how to go on, and leave."""
+    """At Ctrl-C the run ends."""
     if should_stop(run):
-        again = shlex.join([sys.executable, *sys.argv, "--resume"])
-        if not run.rank:
-            print("stopped; continue with:", "the same command and --resume" if run.world > 1 else again)
-        raise SystemExit(130)
+        stopped(run)
 
 
 def remember(run, state, **job):
@@ -2071,6 +2085,7 @@ def write_lines(path, rows):
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -2078,6 +2093,7 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
 def encoder_of(cfg, device):
@@ -2124,8 +2140,9 @@ def load_real(folder):
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
     tok = load_tokenizer(folder)
-    tok.stop = [tok.special[end] for end in ("<|eot_id|>", "<|im_end|>") if end in tok.special]
-    return model, tok if tok.stop else fail(f"{folder}: neither ChatML nor Llama-3 turns")
+    ends = [tok.special[end] for end in ("<|eot_id|>", "<|im_end|>") if end in tok.special]
+    tok.stop = ends + [tok.eos] * (tok.eos not in (None, *ends))  # the first is learned, the end of a turn
+    return model, tok if ends else fail(f"{folder}: neither ChatML nor Llama-3 turns")
 
 
 def save_real(folder, source, model):
@@ -2222,7 +2239,8 @@ def ledger(cfg, run, tok, rows, asked):
     answer = timeit.timeit(lambda: generate(model.eval(), [[0] * (cfg.seq_len // 2)] * 32, 30), number=1) / 32
     n = len(cfg.students.split(","))
     minutes = ((cfg.base_steps + n * cfg.steps) * step + (1 + n) * asked * answer) / 60
-    print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes", flush=True)
+    print(f"students: {step:.2f} s a step, {asked} answers of {answer:.3f} s, about {minutes:.1f} minutes"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and minutes > 10), flush=True)
 
 
 def estimate(cfg):
@@ -2241,13 +2259,14 @@ def dry_run(cfg):
     folder = fetch_model(cfg.model, offline=True) if cfg.model else None
     with one_line(f"--model {cfg.model}: no Llama or Qwen2 checkpoint"), torch.device("meta"):
         shape = read_shape(json.loads((folder / "config.json").read_text())) if folder else student_shape(cfg, Words())
-        n = sum(p.numel() for p in Decoder(shape).parameters())
+        parameters = [*add_lora(Decoder(shape), cfg.lora_rank * (cfg.task == "sft")).parameters()]
+    n, learned = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     if cfg.task == "bfcl":
         return print(f"{n:,} parameters | {4 * n / 2**30:.2f} GiB of weights; nothing is trained")
     n_students = len(re.findall("[^,]+", cfg.students))
     steps = cfg.steps if cfg.task == "sft" else n_students * cfg.steps + bool(n_students) * cfg.base_steps
     tokens = steps * cfg.batch_size * cfg.seq_len
-    memory = (16 * n + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
+    memory = (4 * n + 12 * learned + cfg.micro_batch * cfg.seq_len * 40 * shape.n_layer * shape.n_embd) / 2**30
     print(f"{n:,} parameters | {tokens:.1e} tokens, {6 * n * tokens:.1e} FLOPs | {memory:.2f} GiB, one device | "
           f"{6 * n * tokens / 7.2e13:.2f} hours on a core (20 GFLOP/s), {6 * n * tokens / 7.2e17:.4f} at 200 TFLOP/s")
 

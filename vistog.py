@@ -150,7 +150,7 @@ class Config:
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
-    out: str = ""  # output directory; "" = out/vistog/TASK-SCALE-sSEED
+    out: str = ""  # output directory; "" = out/vistog/TASK-SCALE[-TAG]-sSEED
     resume: bool = False  # continue an interrupted run: the same command with this flag
     bench: bool = False  # instead: time answers with 576 and with 64 tokens, random weights (cuda: CLIP-L, Llama 7B)
     rounds: int = 21  # of --bench, in which the arms take turns
@@ -164,7 +164,7 @@ class Config:
         self.arms = self.arms or "blind,full,uniform,avgpool,qformer,vistog,vistog-oracle"
         arms, world = self.arms.split(","), self.task == "scenes"
         if not set(arms) <= set(ARMS) or len(set(arms)) < len(arms):
-            fail(f"--arms {self.arms}: a comma list of names out of {', '.join(ARMS)}")
+            fail(f"--arms {self.arms}: a comma list, each once, out of {', '.join(ARMS)}")
         zeros = "seed align_batch micro_batch encoder_lr align_lr lr weight_decay grad_clip eps tau".split()
         for name, value in vars(self).items():
             low = int(name not in zeros)
@@ -1563,7 +1563,8 @@ def start_run(cfg, script):
         fail(f"--device {kind}: this machine has none; --device auto takes what there is")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}-s{cfg.seed}")
+    tag = f"-{cfg.tag}" * (cfg.tag != "main")
+    out = Path(cfg.out or f"out/{script}/{cfg.task}-{cfg.scale}{tag}-s{cfg.seed}")
     if (out / "result.json").exists():
         fail(f"{out} holds a finished run: choose another --out or --seed, or remove it")
     if (out / "state.pt").exists() and not cfg.resume:
@@ -1605,6 +1606,8 @@ class Log:
         self.bar = tqdm(total=total, initial=done, desc=name, disable=run.rank > 0 or not sys.stderr.isatty())
 
     def __call__(self, step, always=False, **numbers):
+        if math.isnan(numbers.get("gnorm", 0.0)):
+            fail(f"{self.name} step {step}: the gradient is not a number; take a smaller learning rate")
         if self.run.rank:
             return
         with open(self.run.out / "log.jsonl", "a") as file:
@@ -1644,7 +1647,7 @@ def report(cfg, run, script, argv, found, claims, **record):
         statistic, ci = float(found[name][0]), [float(x) for x in found[name][1]]
         outcome = verdict(statistic, ci, threshold)
         rows.append(dict(id=name, statistic=statistic, ci=ci, threshold=threshold, verdict=outcome))
-        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], bar {threshold}")
+        print(f"CLAIM {name} {outcome}: {formula} = {statistic:.3f} [{ci[0]:.3f}, {ci[1]:.3f}], threshold {threshold}")
     try:
         git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -1773,7 +1776,7 @@ def fetch_model(name, offline=False):
     repo = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(@[0-9a-f]{40})?", name, re.A) or fail(f"{name!r}: no folder or hub id")
     folder = Path(os.getenv("HF_HOME", "~/.cache/huggingface"), "files", repo[1] + (repo[2] or "@main")).expanduser()
     if (folder / "commit").exists() or offline:
-        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --offline")
+        return folder if (folder / "commit").exists() else fail(f"{name}: not in {folder}; run once without --dry-run")
     hub, url = requests.Session(), os.getenv("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     hub.hooks["response"] = lambda answer, **_: answer.raise_for_status()
     token = os.getenv("HF_TOKEN", "").strip()
@@ -1851,14 +1854,17 @@ def remember(run, state, **job):
     save_state(run, **{k: state[k] for k in ("done", "said", "data")}, seconds=time.perf_counter() - run.began, **job)
 
 
+# --- block: stop ---
 def stopped(run):
-    """After Ctrl-C: say how to go on, and leave."""
-    again = shlex.join([sys.executable, *sys.argv, "--resume"])
+    """After Ctrl-C, when the state is saved: say how to go on, and leave."""
+    again = shlex.join([sys.executable, *sys.argv]) + " --resume" * ("--resume" not in sys.argv)
     if not run.rank:
-        print("stopped; continue with:", "the same command and --resume" if run.world > 1 else again)
+        print("stopped; continue with:", again if run.world == 1 else "the same command and --resume")
     raise SystemExit(130)
+# --- end block ---
 
 
+# --- block: kernel ---
 @functools.cache
 def load_kernel(name):
     """A Triton operation of kernels/; at its first call it compares itself with PyTorch on the real tensors."""
@@ -1866,6 +1872,7 @@ def load_kernel(name):
         return importlib.import_module("kernels").checked(name)
     except ImportError as error:
         fail(f"--kernels: {error}: the folder kernels/ must stand beside this file, and triton be installed")
+# --- end block ---
 
 
 def ledger(cfg, run, vision, lm):
@@ -1881,7 +1888,8 @@ def ledger(cfg, run, vision, lm):
         total += steps * seconds / 60
         n = sum(p.numel() for p in net.parameters())
         print(f"{job}: {n:,} parameters | {steps} steps x {1e3 * seconds:.0f} ms, {cfg.batch_size / seconds:.0f}/s")
-    print(f"training will take about {total:.1f} minutes, evaluation not counted", flush=True)
+    print(f"training will take about {total:.1f} minutes, evaluation not counted"
+          + ", more than the 10 minutes of --scale small" * (cfg.scale == "small" and total > 10), flush=True)
 
 
 def plot_groups(path, scenes, groups):
@@ -2044,16 +2052,17 @@ def run_scenes(cfg, run, state, digits):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     cfg = cli(Config, SCALES, argv)
-    digits = read_digits(cfg.digits) if cfg.digits else None
-    if cfg.kernels and not torch.cuda.is_available():
-        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
     if cfg.dry_run:
         return dry_run(cfg)
+    if cfg.kernels and not torch.cuda.is_available():
+        fail("--kernels needs a CUDA device; without the flag the same run takes plain PyTorch")
+    digits = read_digits(cfg.digits) if cfg.digits else None
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if cfg.fsdp and world < 2 or cfg.batch_size % world or cfg.align_batch % world:
+        fail(f"torchrun: --fsdp needs two processes; --batch-size and --align-batch must be multiples of {world}")
     run = start_run(cfg, "vistog")
     state = dict(done=[], said={}, data="") | load_state(run)
     run.began = time.perf_counter() - state.get("seconds", 0.0)
-    if cfg.fsdp and run.world < 2 or cfg.batch_size % run.world or cfg.align_batch % run.world:
-        fail(f"{run.world} processes: --fsdp needs torchrun and two; --batch-size, --align-batch must be multiples")
     if cfg.bench:
         metrics, found = bench(cfg, run)
     elif cfg.task == "llava":

@@ -93,43 +93,62 @@ def over_seeds(same):
     return mean, [mean - half_width(values), mean + half_width(values)], "over seeds"
 
 
-def outcomes(records, verdict):
+def outcomes(records, script):
     """Of each claim its id, its outcome and a line with its numbers. Two seeds or more: mean and t interval over seeds;
     one: the run's own interval. A claim that some seeds could not measure says so."""
+    task = records[0]["task"].rstrip("0123456789")  # mdm.py has the same claims for cd3 and cd4
+    formula = {x[0]: x[1] for x in (script.CLAIMS if isinstance(script.CLAIMS, list) else script.CLAIMS[task])}
     for name in dict.fromkeys(c["id"] for r in records for c in r["claims"]):
         same = [c for r in records for c in r["claims"] if c["id"] == name]
         limit = same[0]["threshold"]
         if {c["threshold"] for c in same} != {limit}:
             raise ValueError(f"claim {name} has two thresholds")
         mean, (low, high), over = over_seeds(same)
-        outcome = verdict(mean, [low, high], limit)
+        outcome = script.verdict(mean, [low, high], limit)
         few = f" (measured in {len(same)} of {len(records)} seeds)" if len(same) < len(records) else ""
-        yield name, outcome, (f"{name}: {mean:.4g}, 95 % interval {over} [{low:.4g}, {high:.4g}], "
-                              f"threshold {limit:.4g}: {outcome}{few}\n")
+        yield name, outcome, (f"{name}: {formula[name]} = {mean:.4g}, 95 % interval {over} "
+                              f"[{low:.4g}, {high:.4g}], threshold {limit:.4g}: {outcome}{few}\n")
 
 
-def claims(records, verdict, named=()):
-    """A line per claim. Where some are named, the others are only counted."""
-    found = list(outcomes(records, verdict))
+def claims(records, script, named=(), elsewhere=()):
+    """A line per claim. Where some are named, the others are only counted, but for those that other regions name."""
+    found = list(outcomes(records, script))
     if missing := set(named) - {name for name, _, _ in found}:
         raise ValueError(f"no claim named {', '.join(sorted(missing))}")
     lines = [f"- {line}" for name, _, line in found if not named or name in named]
-    others = sorted(outcome for name, outcome, _ in found if named and name not in named)
+    others = sorted(outcome for name, outcome, _ in found if named and name not in {*named, *elsewhere})
     if others:
         counts = (f"{others.count(outcome)} {outcome}" for outcome in dict.fromkeys(others))
         lines.append(f"- the other claims: {', '.join(counts)}\n")
     return "".join(lines)
 
 
+def different(keys, root):
+    """(records, script, key, outcome, line) of each claim of these keys. What a second run of the same networks says
+    again, number by number, comes once."""
+    seen = set()
+    for key in sorted(keys, key=lambda key: ("-main" not in key, key)):
+        records, script = read(key, root)
+        for _, outcome, line in outcomes(records, script):
+            if (script.__name__, line) not in seen:
+                yield records, script, key, outcome, line
+            seen.add((script.__name__, line))
+
+
 def failed(keys, root):
     """A line for each claim of the records of these keys that does not hold, the script in front."""
     lines = []
-    for key in keys:
-        records, script = read(key, root)
+    for records, script, key, outcome, line in different(keys, root):
         name, old = records[0]["script"], "**STALE** " if stale(records, script) else ""
-        lines += [f"- {old}[{name}.py]({name}.py), {key.partition('-')[2]}, {line}"
-                  for _, outcome, line in outcomes(records, script.verdict) if outcome == "DOES NOT HOLD"]
-    return "".join(lines) or "None.\n"
+        if outcome == "DOES NOT HOLD":
+            lines.append(f"- {old}[{name}.py]({name}.py), {key.partition('-')[2]}, {line}")
+    return "".join(sorted(lines)) or "None.\n"
+
+
+def tally(name, keys, root):
+    """How many claims of a script's records hold, are open, do not hold."""
+    found = [x[3] for x in different([key for key in keys if key.startswith(name + "-")], root)]
+    return ", ".join(str(found.count(outcome)) for outcome in ("HOLDS", "INCONCLUSIVE", "DOES NOT HOLD"))
 
 
 @functools.cache
@@ -146,7 +165,8 @@ def commands(records):
     """The commands of the records, each once, the seed as a letter, without their directories and --resume."""
     lines = [shlex.join(["python", f"{r['script']}.py", *r["argv"]]) for r in records]
     lines = [re.sub(r" --out[ =]\S+| --resume", "", line) for line in lines]
-    return list(dict.fromkeys(re.sub(r"--seed[ =]\d+", "--seed S", f"`{line}`") for line in lines))
+    lines = [re.sub(r"--seed[ =]\d+", "--seed S", re.sub(r"-s\d+\b", "-sS", line)) for line in lines]
+    return [f"`{line}`" for line in dict.fromkeys(lines)]
 
 
 def stale(records, script):
@@ -156,8 +176,8 @@ def stale(records, script):
 
 def source(records, script):
     """Command, cost and origin of the numbers, and STALE where the script has changed since."""
-    form = "{device}, {threads} threads, torch {versions[torch]}, commit {commit!s:.10}"
-    facts = dict.fromkeys(form.format(**r) for r in records)
+    form = "{device}, {threads} thread{plural}, torch {versions[torch]}, commit {commit!s:.10}"
+    facts = dict.fromkeys(form.format(**r, plural="s" * (r["threads"] > 1)) for r in records)
     seeds = ", ".join(str(r["seed"]) for r in records)
     minutes = statistics.fmean(r["minutes"] for r in records)
     return (f"{' and '.join(commands(records))}: n = {len(records)} (seed {seeds}), {minutes:.1f} min each, "
@@ -173,9 +193,10 @@ def read(key, root):
     return records, load(root / f"{records[0]['script']}.py")
 
 
-def summary(lines, root):
-    """The table of all scripts: for each line its claim, our number, the baseline's, verdict, cost and evidence."""
-    rows = [["script", "claim", "ours", "baseline", "verdict", "command", "min", "evidence"], ["---"] * 8]
+def summary(lines, keys, root):
+    """The table of all scripts: for each line its claim, our number, the baseline's, verdict, how all claims of the
+    script's records (of these keys) went, cost and evidence."""
+    rows = [["script", "claim", "ours", "baseline", "verdict", "all claims", "command", "min", "evidence"], ["---"] * 9]
     for key, claim, *measures in (re.split(r" *\| *", line) for line in lines):
         records, script = read(key, root)
         same = [c for r in records for c in r["claims"] if c["id"] == claim]
@@ -187,17 +208,17 @@ def summary(lines, root):
         name, first = records[0]["script"], f"results/{key}-s{records[0]['seed']}.json"
         rows.append([f"[{name}.py]({name}.py)", claim,
                      *(f"{cell(v, len(records))} ({m})" for v, m in zip(cells, measures)), outcome,
-                     " and ".join(commands(records)), f"{statistics.fmean(r['minutes'] for r in records):.1f}",
-                     f"[n = {len(records)}]({first})"])
+                     tally(name, keys, root), " and ".join(commands(records)),
+                     f"{statistics.fmean(r['minutes'] for r in records):.1f}", f"[n = {len(records)}]({first})"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def render(key, columns, arms, named, root):
+def render(key, columns, arms, named, elsewhere, root):
     """The text of one region. Raises ValueError where its records, measures or claims do not fit together."""
     records, script = read(key, root)
     if named == ["none"]:
         return f"\n{table(records, columns, arms)}\n"
-    parts = table(records, columns, arms), claims(records, script.verdict, named), source(records, script)
+    parts = table(records, columns, arms), claims(records, script, named, elsewhere), source(records, script)
     return "\n" + "\n".join(part for part in parts if part) + "\n"
 
 
@@ -219,13 +240,15 @@ def dry_run(script, flags, root):
 
 def generate(text, root):
     """README with its regions filled, and one line per mistake in a region or a record's name or use."""
-    mistakes, used, filled, bare = [], set(), set(), set()
+    mistakes, used, filled, bare, told = [], set(), set(), set(), {}
+    for match in REGION.finditer(text):
+        told.setdefault(match[2], set()).update(re.split(", *", match[5] or ""))
 
     def fill(match):
         used.add(match[2])
         try:
             columns, arms, named = (re.split(", *", x) if x else [] for x in match.groups()[2:5])
-            body = render(match[2], columns, arms, named, root)
+            body = render(match[2], columns, arms, named, told[match[2]], root)
         except ValueError as error:
             mistakes.append(f"region {match[2]}: {error}")
             return match[0]
@@ -234,7 +257,7 @@ def generate(text, root):
 
     def fill_summary(match):
         try:
-            return f"{match[1]}\n{summary(match[2].strip().splitlines(), root)}\n{match[3]}"
+            return f"{match[1]}\n{summary(match[2].strip().splitlines(), filled, root)}\n{match[3]}"
         except ValueError as error:
             mistakes.append(f"summary: {error}")
             return match[0]

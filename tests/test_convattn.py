@@ -1155,6 +1155,15 @@ def test_directories_of_another_run(rejects, smoke, tmp_path):
             "different are: edge, lr")
 
 
+def test_a_variant_has_a_directory_of_its_own(here):
+    outs = [m.start_run(m.Config(tag=tag), "convattn").out for tag in ("main", "wide")]
+    assert list(map(str, outs)) == ["out/convattn/recall-small-s0", "out/convattn/recall-small-wide-s0"]
+
+
+def test_training_that_diverges_ends_in_one_line(rejects, here):
+    rejects(m.main, [*SMOKE, "--arms", "nope", "--lr", "1e30"], "not a number", "learning rate")
+
+
 BAD = {
     "--colour red": "--colour -h", "--ste 5": "--ste", "--task chess": "chess recall", "--edge round": "round extend",
     "--impl triton": "triton chunked", "--scale huge": "huge smoke", "--dtype half": "half bfloat16",
@@ -1255,6 +1264,10 @@ def test_dry_run_prints_and_creates_nothing(here, capsys, monkeypatch):
         assert all(word in lines[arm] for word in ("6.55e+09 tokens", "FLOPs", "GiB", "hours"))
     assert devices == {"meta"} and list(here.rglob("*")) == []
     m.main(["--task", "che", "--scale", "paper", "--dry-run", "--arms", "kerple+1x3"])
-    assert f" {parameters(9, 64, 8, 5, 2344 + 16):,} parameters" in capsys.readouterr().out
+    m.main(["--task", "che", "--scale", "paper", "--dry-run", "--arms", "kerple+1x3", "--problems", "even_pairs"])
+    many, one = capsys.readouterr().out.splitlines()[::2]
+    assert f" {parameters(9, 64, 8, 5, 2344 + 16):,} parameters" in many
+    many, one = (float(re.search(r"(\S+) tokens", line)[1]) for line in (many, one))
+    assert many == pytest.approx(one * len(m.cli(m.Config, m.SCALES, ["--task", "che"]).problems.split(",")), rel=0.01)
     m.main(["--dry-run", "--arms", "nope"])
     assert f" {parameters(288, 64, 4, 1):,} parameters" in capsys.readouterr().out
