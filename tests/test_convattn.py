@@ -1160,8 +1160,9 @@ def test_a_variant_has_a_directory_of_its_own(here):
     assert list(map(str, outs)) == ["out/convattn/recall-small-s0", "out/convattn/recall-small-wide-s0"]
 
 
-def test_training_that_diverges_ends_in_one_line(rejects, here):
-    rejects(m.main, [*SMOKE, "--arms", "nope", "--lr", "1e30"], "not a number", "learning rate")
+def test_training_that_diverges_ends_in_one_line(rejects, here, tmp_path):
+    argv = [*SMOKE, "--arms", "nope", "--lr", "1e30", "--out", tmp_path / "out"]
+    rejects(m.main, argv, "not a number", "learning rate")
 
 
 BAD = {

@@ -162,6 +162,7 @@ def verdict(statistic, ci, threshold):
     return "HOLDS" if ci[0] > threshold else "INCONCLUSIVE"
 def method_hash(cfg):
     return cfg
+CLAIMS = [(name, "x - y", 0.0, "") for name in "c0 c1 c2 c3 c4 above around below".split()]
 def cli(cls, scales, argv):
     if "--bad" in argv:
         raise SystemExit(2)
@@ -203,7 +204,7 @@ def test_readme_region_over_three_seeds(repository):
     text = (repository / "README.md").read_text()
     assert "| arm | nll | acc x |\n| --- | --- | --- |\n| a | 2.0 ± 1.0 | 0.5 |\n| b | 0.1 |  |\n" in text
     assert "former" not in text
-    assert "- c1: 2, 95 % interval over seeds [-0.4843, 4.484], threshold -1: HOLDS\n" in text
+    assert "- c1: x - y = 2, 95 % interval over seeds [-0.4843, 4.484], threshold -1: HOLDS\n" in text
     assert ("`python toy.py --seed S`: n = 3 (seed 0, 1, 2), 2.0 min each, cpu, 2 threads, torch 2, "
             "commit 0123456789\n") in text
     assert text.startswith("Text\n") and text.endswith("<!-- end results -->\nEnd\n")
@@ -224,7 +225,8 @@ def test_readme_takes_the_interval_of_the_run_where_no_seed_changes_the_statisti
         claim = {"id": "c1", "statistic": 1.0, "ci": [0.0, 9.0], "threshold": -1.0}
         edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=[claim])
     assert readme.main(["--write"], repository) == 0
-    assert "- c1: 1, 95 % interval of the run [0, 9], threshold -1: HOLDS\n" in (repository / "README.md").read_text()
+    text = (repository / "README.md").read_text()
+    assert "- c1: x - y = 1, 95 % interval of the run [0, 9], threshold -1: HOLDS\n" in text
 
 
 @pytest.mark.parametrize("readme_text, words", [
@@ -262,10 +264,21 @@ def test_readme_counts_claims_that_are_not_named(repository, capsys):
     (repository / "README.md").write_text(REGION.replace(" -->\nformer", " claims: c4, c0 -->\nformer"))
     assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
     text = (repository / "README.md").read_text()
-    assert "- c0: 0" in text and "- c4: 4" in text and "c1: " not in text and "| arm | nll | acc x |" in text
+    assert "- c0: x - y = 0" in text and "- c4: x - y = 4" in text and "c1: " not in text
+    assert "| arm | nll | acc x |" in text
     assert "- the other claims: 1 HOLDS, 2 INCONCLUSIVE" in text
     (repository / "README.md").write_text(text.replace("c4, c0", "c9"))
     assert readme.main(["--write"], repository) == 1 and "no claim named c9" in capsys.readouterr().out
+
+
+def test_readme_counts_a_claim_once_that_another_region_names(repository):
+    for seed in range(3):
+        more = [{"id": f"c{i}", "statistic": i + 0.1, "ci": [i - 1.0, i + 1.0], "threshold": 2.5} for i in range(3)]
+        edit(repository / "results" / f"toy-t-small-main-s{seed}.json", claims=more)
+    one, other = (REGION.replace(" -->\nformer", f" claims: {name} -->\nformer") for name in ("c0", "c1"))
+    (repository / "README.md").write_text(one + other)
+    assert readme.main(["--write"], repository) == 0
+    assert (repository / "README.md").read_text().count("- the other claims: 1 INCONCLUSIVE") == 2
 
 
 def test_readme_second_table_of_the_same_records(repository, capsys):
@@ -283,11 +296,11 @@ def test_readme_says_how_many_seeds_measured_a_claim(repository):
     edit(repository / "results" / "toy-t-small-main-s0.json", claims=[])
     assert readme.main(["--write"], repository) == 0
     text = (repository / "README.md").read_text()
-    assert "c1: 2.5, 95 % interval over seeds [-3.853, 8.853]" in text and "(measured in 2 of 3 seeds)" in text
+    assert "c1: x - y = 2.5, 95 % interval over seeds [-3.853, 8.853]" in text and "(measured in 2 of 3 seeds)" in text
     edit(repository / "results" / "toy-t-small-main-s1.json", claims=[])
     assert readme.main(["--write"], repository) == 0
     text = (repository / "README.md").read_text()
-    assert "c1: 3, 95 % interval of the run [0, 9]" in text and "(measured in 1 of 3 seeds)" in text
+    assert "c1: x - y = 3, 95 % interval of the run [0, 9]" in text and "(measured in 1 of 3 seeds)" in text
 
 
 def test_readme_summary(repository, capsys):
@@ -296,7 +309,7 @@ def test_readme_summary(repository, capsys):
     (repository / "README.md").write_text(REGION + spec)
     assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
     row = (repository / "README.md").read_text().splitlines()[-3]
-    assert row == ("| [toy.py](toy.py) | c1 | 2.0 ± 1.0 (a/nll) | 0.1 (b/nll) | HOLDS "
+    assert row == ("| [toy.py](toy.py) | c1 | 2.0 ± 1.0 (a/nll) | 0.1 (b/nll) | HOLDS | 1, 0, 0 "
                    "| `python toy.py --seed S` | 2.0 "
                    "| [n = 3](results/toy-t-small-main-s0.json) |")
     edit(repository / "results" / "toy-t-small-main-s0.json", method_hash="h0")
@@ -319,8 +332,16 @@ def test_readme_lists_the_claims_that_fail(repository):
     assert readme.main([], repository) == 1
     assert readme.main(["--write"], repository) == 0 and readme.main([], repository) == 0
     found = (repository / "README.md").read_text().split("<!-- failed claims -->")[1]
-    assert found == ("\n\n- [toy.py](toy.py), t-small-main, below: 2, 95 % interval over seeds [-0.4843, 4.484], "
-                     "threshold 5: DOES NOT HOLD\n\n<!-- end failed claims -->\n")
+    assert found == ("\n\n- [toy.py](toy.py), t-small-main, below: x - y = 2, 95 % interval over seeds "
+                     "[-0.4843, 4.484], threshold 5: DOES NOT HOLD\n\n<!-- end failed claims -->\n")
+    for seed in range(3):  # the same networks in another run: listed once
+        path = repository / "results" / f"toy-t-small-again-s{seed}.json"
+        path.write_text((repository / "results" / f"toy-t-small-main-s{seed}.json").read_text())
+        edit(path, tag="again")
+    text = (repository / "README.md").read_text()
+    (repository / "README.md").write_text(text + REGION.replace("small-main", "small-again"))
+    assert readme.main(["--write"], repository) == 0
+    assert (repository / "README.md").read_text().count("below: x - y = 2") == 3  # in two regions, and here
     edit(repository / "results" / "toy-t-small-main-s1.json", method_hash="h0")
     assert readme.main(["--write"], repository) == 0
     assert "\n- **STALE** [toy.py](toy.py), t-small-main, below" in (repository / "README.md").read_text()
