@@ -123,9 +123,14 @@ def test_options_and_time_limit_of_a_session(tmp_path, monkeypatch):
 def test_peers_keeps_what_the_scripts_print(tmp_path, capsys):
     for name, body in (("good", "print('ours 2 x')"), ("bad", "raise SystemExit(3)")):
         (tmp_path / f"speed_{name}.py").write_text(f'"""Title of {name}.\n\nHow."""\n{body}\n')
-    peers.main(tmp_path, sorted(tmp_path.glob("speed_*.py")))
+    scripts = sorted(tmp_path.glob("speed_*.py"))
+    peers.main((), tmp_path, scripts)
     found = json.loads((tmp_path / "peers.json").read_text())["found"]
     assert found == dict(bad=["ended with status 3"], good=["ours 2 x"])
+    scripts[0].write_text(scripts[0].read_text().replace("raise SystemExit(3)", "print('mended')"))
+    peers.main(["bad"], tmp_path, scripts)  # the other one is not run again
+    found = json.loads((tmp_path / "peers.json").read_text())["found"]
+    assert found == dict(bad=["mended"], good=["ours 2 x"]) and capsys.readouterr().out.split() == ["bad", "good", "bad"]
     text = (tmp_path / "peers.md").read_text()
     assert "## Title of good.\n\nHow.\n\n```\nours 2 x\n```\n" in text and "torch 2" in text
 
