@@ -3,12 +3,13 @@
 """What every test file shares: running a script alone, kill and resume, bad input, markers, time limits.
 
 --real, --peers and --battery switch on the tests with that marker; `-m battery` runs these alone. A test that starts
-a script as a process is marked slow by itself (`-m "not slow"` leaves the quick ones). TEST_TIME_FACTOR scales the
-time limits.
+a script as a process is marked slow by itself (`-m "not slow"` leaves the quick ones). What is skipped is counted by
+reason at the end. TEST_TIME_FACTOR scales the time limits.
 """
 import collections
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -244,7 +245,20 @@ def pytest_addoption(parser):
         parser.addoption(f"--{name}", action="store_true", help=f"also run a test that {text}")
 
 
+def asked(config, name):
+    """Is the marker on by its flag or in `-m`?"""
+    return config.getoption(name) or re.search(rf"(?<!not )\b{name}\b", config.getoption("-m"))
+
+
+def peers_missing():
+    """Libraries that tests import if they are there, and that are not."""
+    text = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    return sorted(name for name in {*re.findall(r'importorskip\("(\w+)', text)} if not importlib.util.find_spec(name))
+
+
 def pytest_configure(config):
+    if asked(config, "peers") and (missing := peers_missing()):
+        raise pytest.UsageError(f"no {', '.join(missing)} for --peers: pip install -r tests/requirements-peers.txt")
     for name, text in {**OPT_IN, "gpu": "needs CUDA", "slow": "starts a script as a process"}.items():
         config.addinivalue_line("markers", f"{name}: a test that {text}")
     config.addinivalue_line("filterwarnings", "error::pytest.PytestUnknownMarkWarning")
@@ -252,8 +266,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
-    missing = {name: f"needs --{name}" for name in OPT_IN
-               if not config.getoption(name) and name not in config.getoption("-m").split()}
+    missing = {name: f"needs --{name}" for name in OPT_IN if not asked(config, name)}
     missing |= {} if torch.cuda.is_available() else {"gpu": "needs CUDA"}
     for item in items:
         if {"alone", "smoke", "kill_and_resume"} & set(getattr(item, "fixturenames", ())):
@@ -281,4 +294,7 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", ()))
+    for reason, n in sorted(reasons.items()):
+        terminalreporter.write_line(f"skipped {n}: {reason.removeprefix('Skipped: ')}")
     terminalreporter.write("".join(late()), red=True)
