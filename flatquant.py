@@ -875,7 +875,7 @@ def quantize_model(cfg, run, model, ids, state, given, began):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -897,10 +897,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1176,9 +1176,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 
@@ -1228,7 +1228,7 @@ def read_config(folder):
     try:
         config = json.loads((folder / "config.json").read_text())
         read_shape(config)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         fail(f"{folder}/config.json: not one of a Llama or Qwen2 checkpoint: {error!r}")
     return config | dict(tokenizer=str(folder))
 
@@ -1239,13 +1239,13 @@ def network_config(cfg):
 
 def load_real(folder, shape):
     """The checkpoint in fp32 on the CPU."""
-    with torch.device("meta"):
-        model = Decoder(shape)
     try:
+        with torch.device("meta"):
+            model = Decoder(shape)
         tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         fail(f"{folder}: weights that cannot be read or do not fit config.json: {' '.join(str(error).split())[:200]}")
     return model
 

@@ -883,7 +883,7 @@ def downstream(cfg, run, job, seed, arm, size, state):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -905,10 +905,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1147,9 +1147,13 @@ def load_input(cfg, out):
     seed, arm = 100 * cfg.seed, cfg.arms.split(",")[0]
     path = Path(cfg.load or out / f"w{seed}-{arm}-{numbers(cfg.n_train)[-1]}.safetensors")
     if (saved := path.parent / "config.json").exists():  # the run's own inputs are explained, not others like them
-        saved, ours = json.loads(saved.read_text()), asdict(cfg)
-        if changed := [k for k in ("task", "seed", "data", "n_players", "n_eval", "noise") if saved[k] != ours[k]]:
-            fail(f"--load {path}: its run had other flags: " + ", ".join(f"{k} {saved[k]}" for k in changed))
+        try:
+            saved, ours = dict(json.loads(saved.read_text())), asdict(cfg)
+        except (ValueError, TypeError, RecursionError) as error:
+            fail(f"{saved}: damaged: {error}")
+        flags = "task", "seed", "data", "n_players", "n_eval", "noise"
+        if changed := [k for k in flags if saved.get(k) != ours[k]]:
+            fail(f"--load {path}: its run had other flags: " + ", ".join(f"{k} {saved.get(k)}" for k in changed))
     world = make_world(cfg, arm, seed)
     net, held = Network(cfg, world.classes).eval(), world.after(cfg.n_eval, generator(seed, "explained"), held=True)
     try:
@@ -1180,7 +1184,7 @@ def load_callable(cfg):
         if x.is_complex() or not baseline.is_floating_point():
             raise TypeError(f"the input must be real, {x.dtype}, and the baseline of floats, {baseline.dtype}")
         x = x.to(baseline)
-    except (OSError, EOFError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a damaged header raises nearly anything
         fail(f"--explain {cfg.explain}: not a file .npy of numbers: {error}")
     if player.is_floating_point() or set(player.flatten().tolist()) - {-1} not in [set(range(n)) for n in range(1, 17)]:
         fail(f"--callable {cfg.callable}: players must be the integers 0 to n - 1, n at most 16, or -1: never masked")

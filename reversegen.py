@@ -971,7 +971,7 @@ def train_dpo(cfg, run, state, job, who, pairs):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -993,10 +993,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1238,9 +1238,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 
@@ -1285,7 +1285,7 @@ class Chat:
     def one(self, payload, index, end):
         name = hashlib.sha256(json.dumps([self.url, self.model, payload, index], sort_keys=True).encode()).hexdigest()
         path, body = self.cache / f"{name}.json", b""
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: ask again
             return json.loads(path.read_text("utf-8"))
         wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
         got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
@@ -1375,7 +1375,8 @@ def chat_model(cfg, run, name, form=SOLVE):
         tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v for k, v in load_weights(folder).items()}
         tensors = {k: v.to(run.dtype) for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
         fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     tok = load_tokenizer(folder)
     tok.ask = lambda text: tok.chat([dict(role="user", content=form.format(text))])
@@ -1423,7 +1424,7 @@ def read_rows(path, size):
     try:
         rows = [json.loads(line) for line in lines[:whole]]
         return rows if [row["id"] for row in rows] == list(range(whole)) else fail(f"{path}: ids are not 0, 1, 2, ...")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
 
 
@@ -1435,7 +1436,7 @@ def read_seeds(cfg):
             items.append({} | parse(json.loads(line)["question"]))  # TypeError where it is none
     except OSError as error:
         fail(f"--seeds {cfg.seeds}: {error}")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         fail(f"--seeds {cfg.seeds}, line {len(items) + 1}: must be JSON with a \"question\" of PROBLEMS")
     items = [item for item in items if not item["reserved"]]
     if cfg.seeds and len(items) <= cfg.shots:

@@ -1239,7 +1239,7 @@ def train(cfg, run, role, state):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1261,10 +1261,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1506,9 +1506,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 
@@ -1553,7 +1553,7 @@ class Chat:
     def one(self, payload, index, end):
         name = hashlib.sha256(json.dumps([self.url, self.model, payload, index], sort_keys=True).encode()).hexdigest()
         path, body = self.cache / f"{name}.json", b""
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: ask again
             return json.loads(path.read_text("utf-8"))
         wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
         got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
@@ -1618,7 +1618,7 @@ def stage(run, path, todo, make, spent=lambda: 0, size=16):
         rows = [json.loads(line) for line in lines]
         if [row["id"] for row in rows] != [x["id"] for x in todo[: len(rows)]]:
             raise ValueError("rows of other data")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{path}: not a file of this run: {error!r}; remove it, and it will be made again")
     log = Log(run, path.stem, len(todo), len(rows))
     run.began -= sum(row.get("seconds", 0) for row in rows)

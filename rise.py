@@ -1153,7 +1153,7 @@ def train(cfg, run, job, arm, net, pairs, ref, seed):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1175,10 +1175,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1454,9 +1454,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 
@@ -1501,7 +1501,7 @@ class Chat:
     def one(self, payload, index, end):
         name = hashlib.sha256(json.dumps([self.url, self.model, payload, index], sort_keys=True).encode()).hexdigest()
         path, body = self.cache / f"{name}.json", b""
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: ask again
             return json.loads(path.read_text("utf-8"))
         wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
         got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
@@ -1575,7 +1575,7 @@ def read_rows(path):
         os.truncate(path, len(whole))
     try:
         return {row["id"]: row for row in map(json.loads, whole.splitlines())}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{path}: not a file of this script: {error!r}; remove it, and it will be made again")
 
 
@@ -1611,21 +1611,21 @@ def shape_of(cfg):
     folder = fetch_model(cfg.model, offline=cfg.dry_run)
     try:
         return read_shape(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         fail(f"{folder}/config.json: not one of a Llama or Qwen2 checkpoint: {error!r}")
 
 
 def make_policy(cfg, run, b, weights=None):
     """A decoder in fp32 as the base is, with what an arm learned in it, on the device; LoRA if asked for."""
     folder, shape = fetch_model(cfg.model) if cfg.model else run.out / f"b{b}", shape_of(cfg)
-    with torch.device("meta"):
-        model = Decoder(shape)
     try:
+        with torch.device("meta"):
+            model = Decoder(shape)
         tensors = load_weights(folder) if cfg.model else load_file(folder / "base.safetensors")
         tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in tensors.items()}
         tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
         model.load_state_dict(tensors, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         where = f"--model {folder}" if cfg.model else f"{folder}/base.safetensors (remove {run.out} and start again)"
         fail(f"{where}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))

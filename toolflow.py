@@ -1711,7 +1711,7 @@ def train(cfg, run, state, job, model, data, steps):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1733,10 +1733,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1978,9 +1978,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 
@@ -2025,7 +2025,7 @@ class Chat:
     def one(self, payload, index, end):
         name = hashlib.sha256(json.dumps([self.url, self.model, payload, index], sort_keys=True).encode()).hexdigest()
         path, body = self.cache / f"{name}.json", b""
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: ask again
             return json.loads(path.read_text("utf-8"))
         wait = dict(stream=True, timeout=(10, max(1.0, end - time.monotonic())), allow_redirects=False)
         got = self.http.post(self.url, json=payload | dict(model=self.model), **wait)
@@ -2126,8 +2126,17 @@ def one_line(what):
     """What is wrong with a user's file is one line."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        fail(f"{what}: {' '.join(repr(error).split())[:200]}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        fail(f"{what}: {repr(error)[:200]}")
+
+
+def read_bfcl(folder, name, n=None):
+    """bfcl_file, of n items, each with the tools of its question."""
+    with one_line(f"--data {folder}: BFCL_v4_{name}.json and its answers do not fit"):
+        items = bfcl_file(folder, name)[:n]
+        return [(row, gold, row["question"][0], [normal_tool(raw, name) for raw in row["function"]])
+                for row, gold in items]
 
 
 def load_real(folder):
@@ -2428,9 +2437,10 @@ def co_use(cfg, docs, embed, pp, pr):
 def run_graph(cfg, run, state):
     """The graph of the Berkeley data's tools, or of --tools, by threshold; and E1."""
     embed, name = encoder_of(cfg, run.device)
-    docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
-    tools = sum(docs.values(), []) + others or (
-        load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
+    with one_line(f"--data {cfg.data} --tools {cfg.tools}: not files of tools"):
+        docs, others = bfcl_tools(Path(cfg.data)) if cfg.data else ({}, [])
+        tools = sum(docs.values(), []) + others or (
+            load_tools(Path(cfg.tools)) if cfg.tools else [tool["tool"] for tool in library().values()])
     if len(tools) < 2:
         fail(f"--tools {cfg.tools}: one tool makes no graph")
     texts, owner, returns = tool_texts(tools)
@@ -2478,7 +2488,9 @@ def converse_all(cfg, tools, graph, chats, ids, over):
 def run_synth(cfg, run, state):
     """Dialogues for --tools by language models, by parts. An endpoint's replies are kept: nothing is asked twice."""
     (embed, name), before = encoder_of(cfg, run.device), state["done"].get("tokens", 0)
-    tools, merged = merge_tools(load_tools(Path(cfg.tools)), embed)
+    with one_line(f"--tools {cfg.tools}: not a file of tools"):
+        tools = load_tools(Path(cfg.tools))
+    tools, merged = merge_tools(tools, embed)
     if len(tools) < max(2, int(cfg.n_tools[2])):
         fail(f"--tools {cfg.tools}: {len(tools)} tools, --n-tools {cfg.n_tools} takes more of them into a dialogue")
     graph = walkable(cfg, build_graph(cfg, tools, embed), cfg.arms.split(",")[:1])
@@ -2547,12 +2559,11 @@ def run_bfcl(cfg, run, state):
     """Calls of --model on the Berkeley data's Python categories, by the AST rules; a category is done at once."""
     model, tok = load_real(fetch_model(cfg.model))
     for category in (name for name in AST_FILES if name not in state["done"]):
-        items = bfcl_file(Path(cfg.data), category)[: cfg.n_test]
-        tools = [[normal_tool(raw, category) for raw in item["function"]] for item, _ in items]
-        prompts = [prompt_ids(tok, some, item["question"][0], False) for some, (item, _) in zip(tools, items)]
+        items = read_bfcl(Path(cfg.data), category, cfg.n_test)
+        prompts = [prompt_ids(tok, tools, question, False) for _, _, question, tools in items]
         texts, rows = answer_all(model.to(run.device).eval(), tok, prompts, cfg.max_new, 8), []
-        for (item, gold), some, text in zip(items, tools, texts):
-            back = {tool["function"]["name"]: name_of(tool) for tool in some}
+        for (item, gold, _, tools), text in zip(items, texts):
+            back = {tool["function"]["name"]: name_of(tool) for tool in tools}
             calls = [(back.get(name, name), arguments) for name, arguments in read_hermes(text)]
             whole = len(calls) == text.count("<tool_call>")  # one that cannot be read spoils the reply
             right = whole and ast_correct(calls, {f["name"]: f for f in item["function"]}, gold)

@@ -1522,7 +1522,7 @@ def train_llava(cfg, run, state):
 # --- block: cli ---
 def fail(text):
     """A user's mistake: one line, exit code 2."""
-    print("error:", text, file=sys.stderr)
+    print("error:", " ".join(str(text).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1544,10 +1544,10 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses, a full disk or a read-only directory, is one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
     try:
         main()
-    except OSError as error:
+    except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
 # --- end block ---
 
@@ -1823,9 +1823,9 @@ def load_tokenizer(folder):
         tokens = list(dict.fromkeys([*byte, *merged, *whole]))  # tiktoken's rank is the place here, not the id
         ranks = {bytes(map(byte.get, token)): rank for rank, token in enumerate(tokens)}
         bpe = tiktoken.Encoding("", pat_str=split[kind.removesuffix(" True")], mergeable_ranks=ranks, special_tokens={})
-    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        ids = [model["vocab"].get(token, -1) + 0 for token in tokens]  # TypeError unless they are numbers
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         fail(f"{folder}/tokenizer.json: no byte-level BPE of a known kind: {error!r}")
-    ids = [model["vocab"].get(token, -1) for token in tokens]
     back = {i: rank for rank, i in enumerate(ids)}
     preset = re.search(r"<\|im_start\|>system(?:\n|\\+n)([^'<]+)<\|im_end\|>", str(config.get("chat_template")))
 

@@ -96,8 +96,10 @@ def told(call, capsys):
     """What `call` returns, or None where it ended in one line `error: ...` and code 2. Anything else is raised."""
     capsys.readouterr()
     sys.stderr.reconfigure(errors="backslashreplace")  # as it is outside of a test
+    found = []
     try:
-        return call()
+        importlib.import_module(SAMPLE).from_shell(lambda: found.append(call()))  # a block, the same in all scripts
+        return found[0]
     except SystemExit as stop:
         err = capsys.readouterr().err
         assert stop.code == 2 and len(err.splitlines()) == 1 and err.startswith("error: "), err
@@ -303,10 +305,10 @@ READERS = {  # script, file name, good content, reader of (script, path)
                           lambda m, path: m.read_training(Path(path))),
     "toolflow bfcl": ("toolflow", "BFCL_v4_multiple.json",
                       beside("possible_answer/BFCL_v4_multiple.json", lines(*GOLD), lines(*BERKELEY)),
-                      lambda m, path: m.bfcl_file(Path(path).parent, "multiple")),
+                      lambda m, path: m.read_bfcl(Path(path).parent, "multiple")),
     "toolflow bfcl answers": ("toolflow", "possible_answer/BFCL_v4_multiple.json",
                               beside("BFCL_v4_multiple.json", lines(*BERKELEY), lines(*GOLD)),
-                              lambda m, path: m.bfcl_file(Path(path).parents[1], "multiple")),
+                              lambda m, path: m.read_bfcl(Path(path).parents[1], "multiple")),
     "vistog llava": ("vistog", "d.json", beside("a.png", b"", json.dumps(TOLD).encode()),
                      lambda m, path: m.read_records(path, ".", m.llava_turns)),
     "vistog pope": ("vistog", "d.jsonl", beside("a.png", b"", lines(*POPE)),
@@ -403,3 +405,6 @@ def test_endpoint_at_which_three_requests_in_ten_fail(name, seed, tmp_path, caps
         assert len(list(tmp_path.iterdir())) == len(said) and tokens == 7 * len(said)
     assert sorted(zip(prompts, replies)) == said
     assert client.ask(jobs) == replies and len(log()) == len(before + new) < len(faults)
+    server.faults.clear()
+    next(tmp_path.iterdir()).write_bytes(b'"cut')  # a damaged reply is asked for again
+    assert sum(a != b for a, b in zip(client.ask(jobs), replies)) == 1

@@ -165,9 +165,9 @@ def test_nothing_dangerous(name):
     assert [node.lineno for node in imports if {"pickle", "marshal", "shelve"} & imported(node)] == []
 
 
-LONGER = dict(mdm=(1594, 1355), flatquant=(1463, 1008), convattn=(1027, 788), gametheory=(1331, 1124),
-              batchlaw=(1488, 1281), rise=(1891, 1357), reversegen=(1721, 1250),
-              reviseval=(1932, 1377), vistog=(2081, 1626), toolflow=(2608, 2030))  # all that was asked for in one file
+LONGER = dict(mdm=(1594, 1355), flatquant=(1463, 1008), convattn=(1027, 788), gametheory=(1335, 1128),
+              batchlaw=(1488, 1281), rise=(1891, 1357), reversegen=(1722, 1251),
+              reviseval=(1932, 1377), vistog=(2081, 1626), toolflow=(2619, 2041))  # all that was asked for in one file
 
 
 @each_script

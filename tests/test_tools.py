@@ -118,6 +118,7 @@ def test_options_and_time_limit_of_a_session(tmp_path, monkeypatch):
     assert status == 0 and "2 passed" in text
     status, text = session("0.001")
     assert status == 1 and "1 passed, 1 skipped" in text and "TOO SLOW tests/deep/test_x.py: 0.1 s" in text
+    assert "skipped 1: needs --real" in text
 
 
 def test_peers_keeps_what_the_scripts_print(tmp_path, capsys):
@@ -130,7 +131,8 @@ def test_peers_keeps_what_the_scripts_print(tmp_path, capsys):
     scripts[0].write_text(scripts[0].read_text().replace("raise SystemExit(3)", "print('mended')"))
     peers.main(["bad"], tmp_path, scripts)  # the other one is not run again
     found = json.loads((tmp_path / "peers.json").read_text())["found"]
-    assert found == dict(bad=["mended"], good=["ours 2 x"]) and capsys.readouterr().out.split() == ["bad", "good", "bad"]
+    assert found == dict(bad=["mended"], good=["ours 2 x"])
+    assert capsys.readouterr().out.split() == ["bad", "good", "bad"]
     text = (tmp_path / "peers.md").read_text()
     assert "## Title of good.\n\nHow.\n\n```\nours 2 x\n```\n" in text and "torch 2" in text
 
