@@ -12,7 +12,7 @@ masked copy. The paper sorts those of a pre-trained network into what fine-tunin
 and a network trained from scratch learns only some of that; this is why pre-training helps and speeds up training.
 
   python gametheory.py    # 5 worlds of known concepts; with --seeds 20, 13 min: fine-tuning discards 0.81
-  python gametheory.py --task shapes    # drawn outlines, a CNN, 9 parts, 7 min: it discards 0.13
+  python gametheory.py --task shapes    # drawn outlines, a CNN, 9 parts, 7 min: it discards 0.25
   python gametheory.py --explain 3      # the strongest interactions of held-out input 3, after the first of these
   python gametheory.py --callable module:function --explain input.npy    # those of any network
   python gametheory.py --scale paper --task images --data DIR --load vit.safetensors    # a ViT and folders of pictures
