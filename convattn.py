@@ -74,6 +74,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -672,11 +673,13 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), JSON nested too deep, and damaged files are one line as well."""
     try:
         main()
     except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
+    except SafetensorError as error:
+        fail(f"a file of the run is damaged ({error}): remove its directory and start again")
 # --- end block ---
 
 

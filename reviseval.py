@@ -1261,11 +1261,13 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), JSON nested too deep, and damaged files are one line as well."""
     try:
         main()
     except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
+    except SafetensorError as error:
+        fail(f"a file of the run is damaged ({error}): remove its directory and start again")
 # --- end block ---
 
 
@@ -1485,6 +1487,21 @@ def load_weights(folder):
     return {key: tensor for path in paths for key, tensor in load_file(path).items()}
 
 
+def load_real(folder, make=Decoder, dtype=torch.float32):
+    """A checkpoint's Decoder, or make(its shape), with its weights on the CPU."""
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = make(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.to(dtype) for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {repr(error)[:200]}")
+    return model
+
+
 def load_tokenizer(folder):
     """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
     tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
@@ -1635,20 +1652,6 @@ def stage(run, path, todo, make, spent=lambda: 0, size=16):
             log(len(rows))
             pause(run)
     return rows
-
-
-def load_real(folder):
-    """A checkpoint's decoder in fp32 on the CPU."""
-    try:
-        shape = read_shape(json.loads((folder / "config.json").read_text()))
-        with torch.device("meta"):
-            model = Decoder(shape)
-        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
-        model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        fail(f"{folder}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
-    return model
 
 
 def real_metrics(cfg, device):

@@ -1175,11 +1175,13 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), JSON nested too deep, and damaged files are one line as well."""
     try:
         main()
     except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
+    except SafetensorError as error:
+        fail(f"a file of the run is damaged ({error}): remove its directory and start again")
 # --- end block ---
 
 
@@ -1433,6 +1435,21 @@ def load_weights(folder):
     return {key: tensor for path in paths for key, tensor in load_file(path).items()}
 
 
+def load_real(folder, make=Decoder, dtype=torch.float32):
+    """A checkpoint's Decoder, or make(its shape), with its weights on the CPU."""
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = make(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.to(dtype) for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {repr(error)[:200]}")
+    return model
+
+
 def load_tokenizer(folder):
     """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
     tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
@@ -1617,17 +1634,14 @@ def shape_of(cfg):
 
 def make_policy(cfg, run, b, weights=None):
     """A decoder in fp32 as the base is, with what an arm learned in it, on the device; LoRA if asked for."""
-    folder, shape = fetch_model(cfg.model) if cfg.model else run.out / f"b{b}", shape_of(cfg)
-    try:
-        with torch.device("meta"):
-            model = Decoder(shape)
-        tensors = load_weights(folder) if cfg.model else load_file(folder / "base.safetensors")
-        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in tensors.items()}
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
-        model.load_state_dict(tensors, assign=True)
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        where = f"--model {folder}" if cfg.model else f"{folder}/base.safetensors (remove {run.out} and start again)"
-        fail(f"{where}: no Llama or Qwen2 checkpoint: {' '.join(str(error).split())[:200]}")
+    if cfg.model:
+        model = load_real(fetch_model(cfg.model))
+    else:
+        model, base = Decoder(shape_of(cfg)), run.out / f"b{b}" / "base.safetensors"
+        try:
+            model.load_state_dict(load_file(base))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            fail(f"{base}: damaged, remove {run.out} and start again: {error}")
     torch.manual_seed(random_of("lora", cfg.seed).getrandbits(60))
     model = add_lora(model, cfg.lora_rank)
     if weights:

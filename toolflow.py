@@ -1733,11 +1733,13 @@ def cli(config, scales, argv=None):
 
 
 def from_shell(main):
-    """main(); what the system refuses (a full disk), and JSON nested too deep, are one line and exit code 2 as well."""
+    """main(); what the system refuses (a full disk), JSON nested too deep, and damaged files are one line as well."""
     try:
         main()
     except (OSError, RecursionError) as error:
         fail(f"{error}; mend that, and if a run was under way go on with --resume")
+    except SafetensorError as error:
+        fail(f"a file of the run is damaged ({error}): remove its directory and start again")
 # --- end block ---
 
 
@@ -1957,6 +1959,21 @@ def load_weights(folder):
     return {key: tensor for path in paths for key, tensor in load_file(path).items()}
 
 
+def load_real(folder, make=Decoder, dtype=torch.float32):
+    """A checkpoint's Decoder, or make(its shape), with its weights on the CPU."""
+    try:
+        shape = read_shape(json.loads((folder / "config.json").read_text()))
+        with torch.device("meta"):
+            model = make(shape)
+        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.to(dtype) for k, v in load_weights(folder).items()}
+        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError,
+            SafetensorError) as error:
+        fail(f"{folder}: no Llama or Qwen2 checkpoint: {repr(error)[:200]}")
+    return model
+
+
 def load_tokenizer(folder):
     """Byte-level BPE of tokenizer.json on tiktoken: encode, decode, chat; special, bos, eos: ids of control tokens.
     tiktoken joins neighbours that make a token, tokenizers only pairs on its list. In a list that training made each
@@ -2139,16 +2156,9 @@ def read_bfcl(folder, name, n=None):
                 for row, gold in items]
 
 
-def load_real(folder):
+def load_chat(folder):
     """A checkpoint's decoder in fp32 on the CPU, and its tokenizer with the ends of a turn, ChatML's or Llama-3's."""
-    with one_line(f"{folder}: no Llama or Qwen2 checkpoint"):
-        shape = read_shape(json.loads((folder / "config.json").read_text()))
-        with torch.device("meta"):
-            model = Decoder(shape)
-        tensors = {re.sub(r"^model\.|self_attn\.|mlp\.", "", k): v.float() for k, v in load_weights(folder).items()}
-        tensors = {k: v for k, v in tensors.items() if k != "lm_head.weight" or not shape.tied}
-        model.load_state_dict(tensors, assign=True)
-    tok = load_tokenizer(folder)
+    model, tok = load_real(folder), load_tokenizer(folder)
     ends = [tok.special[end] for end in ("<|eot_id|>", "<|im_end|>") if end in tok.special]
     tok.stop = ends + [tok.eos] * (tok.eos not in (None, *ends))  # the first is learned, the end of a turn
     return model, tok if ends else fail(f"{folder}: neither ChatML nor Llama-3 turns")
@@ -2209,7 +2219,7 @@ class Local:
     """A checkpoint, asked like Chat. What it draws depends on what it is asked: what a kill cut is the same again."""
 
     def __init__(self, run, name):
-        (model, self.tok), self.tokens = load_real(fetch_model(name)), 0
+        (model, self.tok), self.tokens = load_chat(fetch_model(name)), 0
         self.model = model.to(run.device, run.dtype).eval()
 
     def ask(self, jobs):
@@ -2531,7 +2541,7 @@ def run_sft(cfg, run, state):
     if run.world > 1:  # the others find it
         dist.barrier()
     folder = fetch_model(cfg.model)
-    model, tok = load_real(folder)
+    model, tok = load_chat(folder)
     data = pack([encode_row(tok, row, False) for row in rows], cfg.seq_len)
     if not len(data["ids"]):
         fail(f"--seq-len {cfg.seq_len}: every dialogue is longer")
@@ -2547,7 +2557,7 @@ def run_sft(cfg, run, state):
     model = train(cfg, run, state, "sft", shard(run, model) if run.world > 1 else model.to(run.device), data, cfg.steps)
     learned = get_state(run, model)["model"] if run.world > 1 else {}  # all ranks take part, rank 0 alone has it
     if not run.rank and learned:
-        model = add_lora(load_real(folder)[0], cfg.lora_rank)
+        model = add_lora(load_real(folder), cfg.lora_rank)
         model.load_state_dict(learned, strict=False)
     if not run.rank:
         save_real(run.out / "model", folder, merge_lora(model))
@@ -2557,7 +2567,7 @@ def run_sft(cfg, run, state):
 
 def run_bfcl(cfg, run, state):
     """Calls of --model on the Berkeley data's Python categories, by the AST rules; a category is done at once."""
-    model, tok = load_real(fetch_model(cfg.model))
+    model, tok = load_chat(fetch_model(cfg.model))
     for category in (name for name in AST_FILES if name not in state["done"]):
         items = read_bfcl(Path(cfg.data), category, cfg.n_test)
         prompts = [prompt_ids(tok, tools, question, False) for _, _, question, tools in items]

@@ -249,7 +249,7 @@ def beside(file, content, good):
     def make():
         Path(file).parent.mkdir(exist_ok=True)
         Path(file).write_bytes(content() if callable(content) else content)
-        return good
+        return good() if callable(good) else good
     return make
 
 
@@ -294,10 +294,9 @@ READERS = {  # script, file name, good content, reader of (script, path)
     "flatquant text": ("flatquant", "t.txt", b"some text\n" * 50, lambda m, path: m.read_text(path, "--data")),
     "flatquant config": ("flatquant", "config.json",
                          beside("model.safetensors", weights, json.dumps(SHAPE).encode()),
-                         lambda m, path: m.load_real(Path(path).parent, m.read_shape(
-                             m.read_config(Path(path).parent)))),
-    "flatquant weights": ("flatquant", "model.safetensors", weights, lambda m, path: m.load_real(
-        Path(path).parent, m.read_shape(SHAPE))),
+                         lambda m, path: m.load_real(Path(path).parent)),
+    "flatquant weights": ("flatquant", "model.safetensors", beside("config.json", json.dumps(SHAPE).encode(), weights),
+                          lambda m, path: m.load_real(Path(path).parent)),
     "tokenizer": ("flatquant", "tokenizer.json", tokenizer, lambda m, path: m.load_tokenizer(
         Path(path).parent).encode("it is")),
     "toolflow tools": ("toolflow", "t.json", lines(*TOOLS), lambda m, path: m.load_tools(Path(path))),

@@ -1179,7 +1179,7 @@ def checkpoint(tmp_path):
 def test_the_chat_template_of_llama_3_begins_once(tmp_path):
     """One begin token in a training row and in a prompt; a row is the prompt of each answer, the answer, its end."""
     control = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    _, tok = m.load_real(tiny(tmp_path, control))
+    _, tok = m.load_chat(tiny(tmp_path, control))
     row = m.to_openai(dict(messages=sound()[0][0]["messages"][:6]), sound()[0][1])
     ids, learned = m.encode_row(tok, row, False)
     begin, end = tok.special["<|begin_of_text|>"], tok.special["<|eot_id|>"]
@@ -1231,7 +1231,7 @@ def test_a_checkpoint_is_tuned_on_a_file(checkpoint, tmp_path, monkeypatch, rank
     assert record["data_sha256"] == hashlib.sha256((tmp_path / "d.jsonl").read_bytes()).hexdigest()
     assert record["metrics"]["sft/dialogues"] + record["metrics"]["sft/left out"] == 3
     assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
-    (old, _), (new, tok) = m.load_real(checkpoint), m.load_real(tmp_path / "x" / "model")
+    (old, _), (new, tok) = m.load_chat(checkpoint), m.load_chat(tmp_path / "x" / "model")
     changed = [k for k, p in new.state_dict().items() if not torch.equal(p, old.state_dict()[k])]
     assert changed and ("embed_tokens.weight" in changed) == (rank == 0)
     row = m.to_openai(*sound()[0])
@@ -1412,6 +1412,6 @@ def test_a_real_checkpoint_is_tuned(tmp_path, monkeypatch):
     m.main(["--task", "sft", "--data", "d.jsonl", "--model", str(real.smollm2()), "--out", "x", *flags])
     losses = [row["loss"] for row in lines(tmp_path / "x" / "log.jsonl") if row["name"] == "sft"]
     assert losses[-1] < losses[0]
-    model, tok = m.load_real(tmp_path / "x" / "model")
+    model, tok = m.load_chat(tmp_path / "x" / "model")
     prompt = m.prompt_ids(tok, rows[0]["tools"], rows[0]["messages"][:1], False)
     assert tok.decode(prompt).endswith("assistant\n") and m.generate(model, [prompt], 2)
