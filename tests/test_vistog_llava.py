@@ -346,7 +346,7 @@ BAD = {
     "other label": ("pope.jsonl", json.dumps(dict(image="sub/0.png", text="x", label="maybe")), ["item 1", "yes"]),
     "second line": ("pope.jsonl", '{"image": "sub/0.png", "text": "x", "label": "no"}\nx', ["pope.jsonl, item 2"]),
     "no question": ("pope.jsonl", "", ["pope.jsonl", "nothing"]),
-    "no lm": ("lm/config.json", "{}", ["--model", "lm"]),
+    "no lm": ("lm/config.json", "{}", ["lm"]),
     "text for an image": ("images/sub/0.png", "no image", ["0.png"]),
 }
 
