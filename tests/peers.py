@@ -31,7 +31,8 @@ def main(names=(), folder=ROOT / "results", scripts=None):
     """One section per script: its docstring and what it printed. With names only these run, the others stay."""
     core = {min(os.sched_getaffinity(0))}
     head = f"{platform.machine()}, one core, one thread; " + ", ".join(f"{k} {v}" for k, v in versions())
-    scripts = {path.stem.removeprefix("speed_"): path for path in scripts or sorted((ROOT / "tests").glob("speed_*.py"))}
+    scripts = scripts or sorted((ROOT / "tests").glob("speed_*.py"))
+    scripts = {path.stem.removeprefix("speed_"): path for path in scripts}
     found = json.loads((folder / "peers.json").read_text())["found"] if names else {}
     for name in names or scripts:
         print(name, flush=True)

@@ -106,7 +106,7 @@ def test_names_that_are_no_hub_id(error, hub, name):
 
 
 def test_offline_without_a_cached_copy(error, hub):
-    assert "run once without --offline" in error(block.fetch_model, REPO, True) and hub.seen == []
+    assert "run once without --dry-run" in error(block.fetch_model, REPO, True) and hub.seen == []
 
 
 def test_cut_transfer_goes_on_where_it_stopped(error, hub, tmp_path):

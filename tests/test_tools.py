@@ -153,7 +153,7 @@ def test_blocks_copy_makes_them_identical(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    (block("cli", "a = 1\n" * 31), "has 31 lines, its limit is 30"),
+    (block("cli", "a = 1\n" * 32), "has 32 lines, its limit is 31"),
     (block("own", "a = 1\n"), "its limit is 0"),
     ("# --- block: cli ---\na = 1\n", "pair up"), ("# --- end block ---\n", "pair up"),
     (block("cli", "a = 1\n") + block("cli", "a = 2\n"), "differs")])
