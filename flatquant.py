@@ -115,7 +115,7 @@ class Config:
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32; for training tiny
-    kernels: bool = False  # Triton kernels for --generate (cuda only; compared with PyTorch at first use)
+    kernels: bool = False  # for --generate, Triton kernels kron_quant, int4_gemm (cuda only; compared at first use)
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps of tiny's training between two checkpoints; calibration saves after every block

@@ -140,7 +140,7 @@ class Config:
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
-    kernels: bool = False  # Triton kernels for loss and scores (cuda only; compared with PyTorch at first use)
+    kernels: bool = False  # Triton kernels masked_focal_ce, decode_scores (cuda only; compared at first use)
     compile: bool = False  # torch.compile the blocks
     # running
     eval_every: int = 500  # steps between two points of the learning curve

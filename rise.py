@@ -145,7 +145,7 @@ class Config:
     batch_size: int = 64  # pairs in one optimizer step, over all devices (official code: 128)
     micro_batch: int = 0  # pairs per forward pass; 0 = no split; saves memory, same gradient
     lr: float = 0.0  # peak learning rate, cosine to 0; 0 = the arm's own out of RATES (official code: 5e-7)
-    lora_rank: int = 0  # rank of LoRA in all linear layers; 0 = all weights are trained (paper)
+    lora_rank: int = 0  # rank of LoRA in all linear layers; 0 = all are trained (paper); torchrun spreads them (FSDP)
     # machine
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32

@@ -116,11 +116,11 @@ class Config:
     n_embd: int = 96  # its width; it has 4 heads
     base_steps: int = 600  # optimizer steps of the base on single requests, from which all students start
     steps: int = 400  # optimizer steps, of all students alike
-    batch_size: int = 4  # packed lines of a step, on all devices (not stated in the paper)
-    micro_batch: int = 4  # lines that are in memory at once
+    batch_size: int = 4  # packed lines in one optimizer step, over all devices (not stated in the paper)
+    micro_batch: int = 4  # packed lines per forward pass; saves memory, same gradient
     seq_len: int = 512  # tokens of a line, and most of a dialogue
     lr: float = 4e-3  # peak learning rate (not stated in the paper)
-    lora_rank: int = 0  # sft: rank of LoRA in all linear layers; 0 = all weights are learned
+    lora_rank: int = 0  # sft: rank of LoRA in all linear layers; 0 = all are learned; torchrun spreads them (FSDP)
     max_new: int = 80  # most tokens of an answer
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32

@@ -146,7 +146,7 @@ class Config:
     device: str = "auto"  # auto|cpu|cuda|mps: auto is cuda if there is one, else cpu
     dtype: str = "auto"  # auto|float32|bfloat16: auto is bfloat16 on cuda, else float32
     fsdp: bool = False  # llava with torchrun: spread the network over the devices; else each has all of it
-    kernels: bool = False  # Triton kernel for the grouping (cuda only; compared with PyTorch at first use)
+    kernels: bool = False  # Triton kernel hard_assign (cuda only; compared with PyTorch at first use)
     # running
     log_every: int = 20  # steps between two lines of log.jsonl
     save_every: int = 100  # steps between two checkpoints
