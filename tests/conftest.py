@@ -4,7 +4,8 @@
 
 --real, --peers and --battery switch on the tests with that marker; `-m battery` runs these alone. A test that starts
 a script as a process is marked slow by itself (`-m "not slow"` leaves the quick ones). What is skipped is counted by
-reason at the end. TEST_TIME_FACTOR scales the time limits.
+reason at the end. TEST_TIME_FACTOR scales the time limits; where it is set, as in .ci/run, a slow
+test file is a failure.
 """
 import collections
 import functools
@@ -290,7 +291,8 @@ def late():
 
 
 def pytest_sessionfinish(session):
-    session.exitstatus = session.exitstatus or int(bool(late()))
+    limited = "TEST_TIME_FACTOR" in os.environ  # else the machine may be slow, which is told and no failure
+    session.exitstatus = session.exitstatus or int(limited and bool(late()))
 
 
 def pytest_terminal_summary(terminalreporter):
