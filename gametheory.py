@@ -189,7 +189,7 @@ class Config:
 ARMS = "related", "disjoint", "random"
 PICTURES = dict(seeds=3, n_train="50,150,400", n_eval=16, n_embd=32, steps=1500, batch_size=128)
 PICTURES |= dict(epochs="0,1,2,4,8,16,40", lr_fine=3e-3, lr_scratch=3e-3)
-PICTURES |= dict(mask_batch=256)  # what a CNN makes of 8192 leaves a CPU's caches: a third as many a second
+PICTURES |= dict(mask_batch=256)  # what a CNN makes of 8192 leaves a CPU's caches: half as many a second
 OUTLINES = dict(PICTURES, n_players=9, noise=0.1, lr_fine=3e-4, lr_scratch=1e-3)
 VIT = dict(arms="related", n_players=9, n_layer=12, n_head=6, n_embd=384)  # ViT-S; ViT-B: --n-embd 768 --n-head 12
 VIT |= dict(lr_fine=1e-4, lr_scratch=5e-4)
