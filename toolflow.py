@@ -2426,7 +2426,9 @@ def used_together(folder, where):
 def co_use(cfg, docs, embed, pp, pr):
     """E1: are pairs with an edge used together? Beside it the similarity of descriptions, which is not in the paper."""
     metrics, apis, tools = {}, [file for file, tools in docs.items() for _ in tools], sum(docs.values(), [])
-    pairs = used_together(Path(cfg.data), {(file, name_of(tool)): i for i, (file, tool) in enumerate(zip(apis, tools))})
+    where = {(file, name_of(tool)): i for i, (file, tool) in enumerate(zip(apis, tools))}
+    with one_line(f"--data {cfg.data}: BFCL_v4_multi_turn_base.json and its answers do not fit"):
+        pairs = used_together(Path(cfg.data), where)
     used = sorted({i for pair in pairs["same task"] for i in pair})
     about = embed([f"{name_of(tools[i])}: {tools[i]['function']['description']}" for i in used])
     pp, pr, upper = pp[used][:, used].numpy(), pr[used][:, used].numpy(), np.triu_indices(len(used), 1)
